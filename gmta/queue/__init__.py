@@ -1,0 +1,1 @@
+"""The durable queue: the Store interface and its implementations."""

@@ -1,0 +1,1 @@
+"""Receiving: one greenlet a connection, the hook pipeline, and the limits that keep both bounded."""

@@ -1,0 +1,1 @@
+"""What the engine and the plugins are handed: log, metrics, TLS contexts, resolver, native-thread batches."""

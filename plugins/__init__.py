@@ -1,0 +1,1 @@
+"""The bundled plugins, installed as gmta_plugins; each is an entry point of the group gmta.plugins."""
