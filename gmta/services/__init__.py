@@ -1,1 +1,58 @@
-"""What the engine and the plugins are handed: log, metrics, TLS contexts, resolver, native-thread batches."""
+"""What the engine and the plugins are handed: log, metrics, TLS contexts, resolver, native-thread batches.
+
+`Services` is that bundle; everything in it is built by the worker and passed down. It imports no gevent by itself, so the
+command line and the supervisor may build one; `batch` and `spawn` bring gevent in when they are first used.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gmta.config import Config
+    from gmta.services.batch import Batch
+    from gmta.services.log import Log
+    from gmta.services.metrics import Metrics
+
+
+class Services:
+    """hostname; log; metrics; clock() in Unix seconds; resolver or None; config; spawn(fn, *args); batch(name)."""
+
+    __slots__ = ("_batches", "clock", "config", "hostname", "log", "metrics", "resolver")
+
+    def __init__(self, config: Config, log: Log, metrics: Metrics, *, hostname: str | None = None,
+                 clock: Callable[[], float] = time.time, resolver: Any = None) -> None:
+        self.config = config
+        self.log = log
+        self.metrics = metrics
+        self.hostname = config.gmta.hostname if hostname is None else hostname
+        self.clock = clock
+        self.resolver = resolver
+        self._batches: dict[str, Batch] = {}
+
+    def spawn(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Starts `function(*args)` in a greenlet of its own and returns the greenlet."""
+        import gevent
+
+        return gevent.spawn(function, *args)
+
+    def batch(self, name: str, run: Callable[[list[Any]], list[Any]] | None = None, *, max_items: int = 32) -> Batch:
+        """The Batch of that name, one native thread, made at the first call.
+
+        run: what it does with a list of items; without one, items are callables without arguments, run one after another.
+        The first call for a name decides.
+        """
+        batch = self._batches.get(name)
+        if batch is None:
+            from gmta.services.batch import Batch, call_each
+
+            batch = self._batches[name] = Batch(call_each if run is None else run, max_items=max_items, name=name)
+        return batch
+
+    def close(self) -> None:
+        """Ends the native threads after what they have at hand."""
+        for batch in self._batches.values():
+            batch.close()
+        self._batches.clear()

@@ -1,0 +1,154 @@
+"""The operator's side of the queue: what `gmta queue` and `gmta trace` do, on the store itself, with the server up or down.
+
+Every change is a short transaction of its own; a worker sees it within a second. A bounce is done by the worker: the recipient
+becomes due with the fixed transport "fail". Failure: sqlite3.Error where a shard can't be read or stays locked for 10 s.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from gmta.queue import schema
+from gmta.queue.store import Event
+
+
+class QueueAdmin:
+    """The queue in `directory`; selections are ids, a recipient domain, a sender, or all."""
+
+    def __init__(self, directory: str, clock: Callable[[], float] = time.time) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._shards = [(schema.shard_path(directory, n, "spool"), schema.connect(schema.shard_path(directory, n, "db"), create=True))
+                        for n in schema.shards(directory)]
+
+    def close(self) -> None:
+        """Closes the shards."""
+        for _, connection in self._shards:
+            connection.close()
+
+    @staticmethod
+    def _where(ids: Iterable[str], domain: str | None, sender: str | None, all: bool) -> tuple[str, builtins.list[Any]]:
+        wanted = builtins.list(ids)
+        parts: builtins.list[str] = []
+        values: builtins.list[Any] = []
+        if wanted:
+            parts.append("m.id IN (SELECT value FROM json_each(?))")
+            values.append(json.dumps(wanted))
+        if domain is not None:
+            parts.append("EXISTS (SELECT 1 FROM recipient d WHERE d.message = m.id AND lower(d.address) LIKE ? ESCAPE '\\')")
+            values.append("%@" + domain.lower().replace("\\", "\\\\").replace("_", "\\_").replace("%", "\\%"))
+        if sender is not None:
+            parts.append("m.sender = ?")
+            values.append(sender.strip("<>"))
+        if not parts:
+            parts.append("1" if all else "0")
+        return " AND ".join(parts), values
+
+    def list(self, ids: Iterable[str] = (), *, domain: str | None = None, sender: str | None = None,
+             all: bool = True) -> Iterator[dict[str, Any]]:
+        """Queued messages in the form of `queue list --json`, oldest first a shard."""
+        where, values = self._where(ids, domain, sender, all)
+        for _, connection in self._shards:
+            for id, sent_by, size, at in connection.execute(
+                    f"SELECT m.id, m.sender, m.size, m.received_at FROM message m WHERE {where} ORDER BY m.id", values):
+                recipients = [{"address": r[2], "status": r[3], "attempts": r[4], "next_attempt_at": r[5], "transport": r[6],
+                               "next_hop": r[7], "last_reply": r[8]} for r in connection.execute(
+                                   f"SELECT {schema.RECIPIENT} FROM recipient r WHERE message = ? ORDER BY number", (id,))]
+                held = any(r["status"] == "held" for r in recipients)
+                yield {"id": id, "sender": sent_by, "size": size, "received_at": at, "held": held, "recipients": recipients}
+
+    def show(self, id: str) -> dict[str, Any] | None:
+        """One message, with its envelope's facts, or None."""
+        for found in self.list([id]):
+            for _, connection in self._shards:
+                row = connection.execute("SELECT data FROM message WHERE id = ?", (id,)).fetchone()
+                if row is not None:
+                    return {**json.loads(row[0] or "{}"), **found}
+        return None
+
+    def cat(self, id: str) -> Iterator[bytes] | None:
+        """The octets of a queued message, or None."""
+        for spool, connection in self._shards:
+            row = connection.execute(f"SELECT {schema.OCTETS} FROM message WHERE id = ?", (id,)).fetchone()
+            if row is not None:
+                return schema.message_of(row, spool).chunks()
+        return None
+
+    def stats(self) -> dict[str, Any]:
+        """Counts: messages, octets, recipients by status, recipients waiting by lane, arrival of the oldest."""
+        out: dict[str, Any] = {"messages": 0, "octets": 0, "oldest": None, "recipients": {}, "lanes": {}}
+        for _, connection in self._shards:
+            count, octets, oldest = connection.execute("SELECT count(*), sum(size), min(received_at) FROM message").fetchone()
+            out["messages"] += count
+            out["octets"] += octets or 0
+            if oldest is not None:
+                out["oldest"] = oldest if out["oldest"] is None else min(oldest, out["oldest"])
+            for key, column in (("recipients", "status"), ("lanes", "lane")):
+                rest = "WHERE status = 'queued'" if key == "lanes" else ""
+                for name, n in connection.execute(f"SELECT {column}, count(*) FROM recipient {rest} GROUP BY 1"):
+                    out[key][name] = out[key].get(name, 0) + n
+        return out
+
+    def trace(self, id: str) -> builtins.list[Event]:
+        """A message's history, in or out of the queue."""
+        return sorted((Event(id, at, kind, json.loads(data or "{}")) for _, connection in self._shards for at, kind, data in
+                       connection.execute("SELECT at, kind, data FROM event WHERE message = ? ORDER BY n", (id,))),
+                      key=lambda event: event.at)
+
+    def retry(self, ids: Iterable[str] = (), **choice: Any) -> int:
+        """Makes waiting recipients due now; how many messages were chosen. choice: domain, sender, all."""
+        return self._change(ids, choice, "retried", "next_attempt_at = 0 WHERE status = 'queued'")
+
+    def hold(self, ids: Iterable[str] = (), **choice: Any) -> int:
+        """Stops delivery until released."""
+        return self._change(ids, choice, "held", "status = 'held' WHERE status = 'queued'")
+
+    def release(self, ids: Iterable[str] = (), **choice: Any) -> int:
+        """Lets held recipients go, at once."""
+        return self._change(ids, choice, "released", "status = 'queued', next_attempt_at = 0 WHERE status = 'held'")
+
+    def bounce(self, ids: Iterable[str] = (), **choice: Any) -> int:
+        """Gives up now: the worker fails the open recipients and tells the sender."""
+        return self._change(ids, choice, "bounced", "status = 'queued', next_attempt_at = 0, transport = 'fail', next_hop = '', "
+                            "lane = 'fail:', facts = json_set(CASE facts WHEN '' THEN '{}' ELSE facts END, '$.fixed_transport', "
+                            "json('true')) WHERE status IN ('queued', 'held')")
+
+    def delete(self, ids: Iterable[str] = (), **choice: Any) -> int:
+        """Removes messages; nobody is told."""
+        return self._change(ids, choice, "deleted", None)
+
+    def _change(self, ids: Iterable[str], choice: dict[str, Any], kind: str, change: str | None) -> int:
+        where, values = self._where(ids, choice.get("domain"), choice.get("sender"), bool(choice.get("all")))
+        total = 0
+        for spool, connection in self._shards:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                chosen = connection.execute(f"SELECT m.id, m.file FROM message m WHERE {where}", values).fetchall()
+                names = json.dumps([id for id, _ in chosen])
+                if change is None:
+                    connection.execute("DELETE FROM recipient WHERE message IN (SELECT value FROM json_each(?))", (names,))
+                    connection.execute("DELETE FROM message WHERE id IN (SELECT value FROM json_each(?))", (names,))
+                else:
+                    connection.execute(f"UPDATE recipient SET {change} AND message IN (SELECT value FROM json_each(?))", (names,))
+                now = self._clock()
+                connection.executemany("INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, '{\"by\":\"operator\"}')",
+                                       [(id, int(now * 1e6), now, kind) for id, _ in chosen])
+                connection.execute("COMMIT")
+            except sqlite3.Error:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+            total += len(chosen)
+            for _, file in chosen if change is None else ():
+                if file:
+                    try:
+                        os.unlink(os.path.join(spool, file))
+                    except OSError:
+                        pass  # swept at the worker's next start
+        return total

@@ -1,0 +1,143 @@
+"""The SQLite store: what is put survives, claims are leases, operators win over results in flight."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import gevent
+import pytest
+
+from gmta.mail.address import Address
+from gmta.mail.envelope import DELIVERED, QUEUED, Envelope, RecipientState
+from gmta.mail.message import FileBody, Message
+from gmta.queue.admin import QueueAdmin
+from gmta.queue.ids import IdSource
+from gmta.queue.sqlite import SqliteStore
+from gmta.queue.store import Event, Settlement, StoreError
+from gmta.services.log import NullLog
+
+IDS = IdSource(itertools.count(1_800_000_000).__next__, "AAAAA")
+
+
+def make(directory: Path, tag: str = "AAAAA") -> SqliteStore:
+    return SqliteStore(str(directory), instance_tag=tag, log=NullLog(), clock=lambda: 1_800_000_000.0, message_limit=1000)
+
+
+def envelope(*names: str, at: float = 100.0) -> Envelope:
+    return Envelope(IDS.new(), Address("a", "b.example"), [
+        RecipientState(n, Address(name, "c.example"), next_attempt_at=at) for n, name in enumerate(names)], received_at=at)
+
+
+MESSAGE = b"Subject: x\r\n\r\nbody\r\n"
+
+
+def test_put_survives_and_is_due_again(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    env = envelope("x", "y")
+    store.put(env, Message.from_bytes(MESSAGE), [Event(env.id, 1.0, "received")])
+    assert store.due(1000.0, 10) == []  # claimed by the caller
+    store.close()
+    store = make(tmp_path)
+    (found,) = store.due(1000.0, 10)
+    assert found.id == env.id and [str(r.address) for r in found.recipients] == ["x@c.example", "y@c.example"]
+    message = store.message(env.id)
+    assert message is not None and b"".join(message.chunks()) == MESSAGE
+    store.close()
+
+
+def test_settled_message_leaves_in_parts(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    env = envelope("x", "y")
+    store.put(env, Message.from_bytes(MESSAGE))
+    first, second = env.recipients
+    first.status = DELIVERED
+    second.next_attempt_at = 500.0
+    store.record(Settlement(env, [first, second]))
+    assert store.next_due_at() == 500.0
+    assert store.due(499.0, 10) == []
+    (again,) = store.due(500.0, 10)
+    again.recipients[0].status = DELIVERED
+    store.record(Settlement(again, again.recipients))
+    assert store.message(env.id) is None and store.all_recipients(env.id) == []
+    store.close()
+
+
+def test_many_greenlets_share_commits(tmp_path: Path) -> None:
+    store = make(tmp_path)
+
+    def one() -> None:
+        env = envelope("x")
+        store.put(env, Message.from_bytes(MESSAGE))
+        env.recipients[0].status = DELIVERED
+        store.record(Settlement(env, env.recipients, births=[(envelope("dsn"), Message.from_bytes(MESSAGE))]))
+
+    gevent.joinall([gevent.spawn(one) for _ in range(200)], raise_error=True)
+    store.close()
+    store = make(tmp_path)
+    assert len(store.due(1e9, 1000)) == 200
+    store.close()
+
+
+def test_large_body_stays_and_goes_with_its_row(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    env = envelope("x")
+    path = store.new_spool_file(env.id)
+    Path(path).write_bytes(b"big body")
+    store.put(env, Message(b"A: b\r\n", b"\r\n", FileBody(path, 0, 8)))
+    message = store.message(env.id)
+    assert message is not None and b"".join(message.chunks()).endswith(b"big body")
+    env.recipients[0].status = DELIVERED
+    store.record(Settlement(env, env.recipients))
+    assert not os.path.exists(path)
+    store.close()
+
+
+def test_busy_lanes_are_passed_over(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    for name in ("one", "two"):
+        env = envelope("x")
+        store.put(env, Message.from_bytes(MESSAGE))
+        env.recipients[0].transport, env.recipients[0].next_hop, env.recipients[0].status = "out", name, QUEUED
+        store.record(Settlement(env, env.recipients))
+    (found,) = store.due(1000.0, 10, ["out:one"])
+    assert found.recipients[0].next_hop == "two"
+    store.release(found)
+    assert len(store.due(1000.0, 10)) == 2
+    store.close()
+
+
+def test_orphans_are_adopted_and_duplicates_refused(tmp_path: Path) -> None:
+    first, second = make(tmp_path), make(tmp_path, "BBBBB")
+    env = envelope("x")
+    first.put(env, Message.from_bytes(MESSAGE))
+    with pytest.raises(StoreError):
+        first.put(env, Message.from_bytes(MESSAGE))
+    assert second.adopt() == 0
+    first.close()
+    assert second.adopt() == 1
+    assert [e.id for e in second.due(1000.0, 10)] == [env.id]
+    second.close()
+
+
+def test_operator_wins_over_results_in_flight(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    kept, doomed = envelope("x"), envelope("y")
+    for env in (kept, doomed):
+        store.put(env, Message.from_bytes(MESSAGE))
+    store.changed_outside()
+    admin = QueueAdmin(str(tmp_path))
+    assert admin.hold([kept.id]) == 1 and admin.delete(domain="c.example", sender="a@b.example", ids=[doomed.id]) == 1
+    assert store.changed_outside() and not store.changed_outside()
+    for env in (kept, doomed):
+        store.record(Settlement(env, env.recipients))
+    (listed,) = admin.list()
+    assert listed["id"] == kept.id and listed["held"] and listed["recipients"][0]["status"] == "held"
+    assert admin.release(all=True) == 1 and admin.bounce(all=True) == 1
+    (found,) = store.due(1000.0, 10)
+    assert found.recipients[0].fixed_transport and found.recipients[0].transport == "fail"
+    assert [event.kind for event in admin.trace(doomed.id)] == ["deleted"]
+    assert b"".join(admin.cat(kept.id) or ()) == MESSAGE and admin.stats()["messages"] == 1
+    admin.close()
+    store.close()
