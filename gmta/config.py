@@ -1,0 +1,652 @@
+"""The configuration: one ini file with its includes, read, checked as a whole and handed on as values.
+
+`load` reads the file and returns a Config or raises ConfigError with every error at once, each as
+`file:line: [section] key: what was expected`. Sections of plugins and transports stay text here (Section, a dict that
+knows where each key stands); whoever owns them turns them into values with `validate`, so that their errors are as
+exact. `Config.snapshot` and `Config.from_snapshot` carry what one process has checked to another without reading the
+files again; a snapshot holds secrets, so it belongs in a pipe, not on disk. Imports no gevent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import ipaddress
+import json
+import os
+import pwd
+import re
+import socket
+import types
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+
+from gmta.mail.address import AddressError, check_domain, domain_key, parse_mailbox
+
+FILES = ("config.ini", "/etc/gmta/config.ini")  # where `load` looks without a path, after $GMTA_CONFIG
+TRANSPORT_KEYS = ("type", "concurrency", "rate")  # what the core reads in [transport:NAME]
+TARGETS = ("fail", "hold", "discard")  # route targets that are no transport
+
+_ENV = re.compile(r"\$(\$)?\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(?:I?B)?)", re.I)
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?\s*(?:ms|[smhdw])\s*)+|\d+(?:\.\d+)?", re.I)
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])?", re.I)
+_UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+class ConfigError(Exception):
+    """The configuration can't be used; `errors` has one line for each thing that is wrong."""
+
+    def __init__(self, errors: list[str]) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = errors
+
+
+# --- types for keys, for plugins too ----------------------------------------------------------------------------
+
+
+def _size(value: Any) -> Any:
+    """Octets from 500, 64KB, 35MB or 1GB (K is 1,024)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(str(value).strip())
+    if match is None:
+        raise ValueError("a size such as 64KB, 35MB or 1GB")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def _duration(value: Any) -> Any:
+    """Seconds from 30, 30s, 5m, 4h, 5d or 1h30m."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    text = str(value).strip()
+    if _DURATION.fullmatch(text) is None:
+        raise ValueError("a time such as 30s, 5m, 4h or 5d")
+    return sum(float(number) * _UNITS_S[(unit or "").lower()] for number, unit in _DURATION_PART.findall(text))
+
+
+def _path(value: str, info: ValidationInfo) -> str:
+    """The path, from the folder of the configuration file where it is relative."""
+    base = (info.context or {}).get("base", "")
+    return os.path.join(base, os.path.expanduser(value)) if value else value
+
+
+def _file(value: str, info: ValidationInfo) -> str:
+    """A path that must be a readable file, unless another process has checked that already."""
+    path = _path(value, info)
+    if path and (info.context or {}).get("look", True) and not os.access(path, os.R_OK):
+        raise ValueError("a file that exists and can be read")
+    return path
+
+
+def _network(value: Any) -> Any:
+    """An IP network."""
+    try:
+        return ipaddress.ip_network(value)
+    except ValueError as error:
+        raise ValueError("a network such as 192.0.2.0/24 or 2001:db8::/32") from error
+
+
+def _domain(value: str) -> str:
+    """A domain in the form that domains compare by."""
+    try:
+        check_domain(value)
+    except AddressError as error:
+        raise ValueError(f"a domain ({error})") from error
+    return domain_key(value)
+
+
+def _host_port(value: Any) -> Any:
+    """(host, port) from 127.0.0.1:25, [::1]:25 or *:25 (every IPv4 address)."""
+    if not isinstance(value, str):
+        return value
+    host, colon, port = value.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError("an address such as 127.0.0.1:2525 or [::1]:2525")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError("an address such as 127.0.0.1:2525 or [::1]:2525")
+    return ("0.0.0.0" if host == "*" else host, int(port))
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
+Duration = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
+Path = Annotated[str, AfterValidator(_path)]
+ExistingFile = Annotated[str, AfterValidator(_file)]
+Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(_network)]
+Domain = Annotated[str, AfterValidator(_domain)]
+HostPort = Annotated[tuple[str, int], BeforeValidator(_host_port)]
+
+
+# --- the text ---------------------------------------------------------------------------------------------------
+
+
+class Section(dict[str, str]):
+    """One section's keys as text; `where` tells file and line of a key, `file` and `line` those of the section.
+
+    secrets: contents of the files that `key_file` keys name, by path, as they were when they were first read.
+    """
+
+    def __init__(self, name: str, file: str = "", line: int = 0, values: dict[str, str] | None = None) -> None:
+        super().__init__(values or {})
+        self.name = name
+        self.file = file
+        self.line = line
+        self.places: dict[str, tuple[str, int]] = {}
+        self.secrets: dict[str, str] = {}
+
+    def where(self, key: str = "") -> str:
+        """`file:line: [section] key` of a key, or of the section where the key is not in it."""
+        file, line = self.places.get(key, (self.file, self.line))
+        place = f"{file}:{line}: " if file else ""
+        return f"{place}[{self.name}]{' ' + key if key else ''}"
+
+
+class _Text:
+    """Reads the file and its includes into sections, collecting errors."""
+
+    def __init__(self) -> None:
+        self.sections: dict[str, Section] = {}
+        self.errors: list[str] = []
+        self._seen: set[str] = set()
+
+    def read(self, path: str) -> None:
+        """Reads one file; keys of a file read later take the place of those read before."""
+        real = os.path.realpath(path)
+        if real in self._seen:
+            return
+        self._seen.add(real)
+        try:
+            with open(path, encoding="utf-8") as file:
+                lines = file.read().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            self.errors.append(f"{path}: can't be read: {reason}")
+            return
+        section: Section | None = None
+        key = ""
+        here: dict[str, Section] = {}
+        own: set[tuple[str, str]] = set()
+        for number, line in enumerate(lines, 1):
+            text = line.strip()
+            if not text or text[0] in ";#":
+                continue
+            if section is not None and key and line[0] in " \t":
+                section[key] = f"{section[key]}\n{text}".lstrip("\n")
+                continue
+            if text[0] == "[":
+                key = ""
+                name = ":".join(part.strip() for part in text[1:-1].split(":", 1))
+                if text[-1] != "]" or not name:
+                    self.errors.append(f"{path}:{number}: expected [section], not {text!r}")
+                    continue
+                if name in here:
+                    self.errors.append(f"{path}:{number}: [{name}] stands already in line {here[name].line}")
+                section = here[name] = self.sections.setdefault(name, Section(name, path, number))
+                continue
+            name, equals, value = (part.strip() for part in text.partition("="))
+            key = ""
+            if not equals or not name:
+                self.errors.append(f"{path}:{number}: expected key = value, not {text!r}")
+            elif section is None:
+                self.errors.append(f"{path}:{number}: {name}: expected a [section] before the first key")
+            elif (section.name, name) in own:
+                self.errors.append(f"{section.where(name)}: given again in line {number}")
+            else:
+                key = name
+                own.add((section.name, name))
+                section[name] = value
+                section.places[name] = (path, number)
+        self._include(path, here)
+
+    def _include(self, path: str, here: dict[str, Section]) -> None:
+        """Reads what this file's `include` names."""
+        gmta = here.get("gmta")
+        if gmta is None or gmta.places.get("include", ("",))[0] != path:
+            return
+        for pattern in _words(self._environment(gmta, "include", gmta["include"])):
+            found = sorted(glob.glob(os.path.join(os.path.dirname(path), pattern)))
+            if not found and not glob.has_magic(pattern):
+                self.errors.append(f"{gmta.where('include')}: expected a file that exists, not {pattern!r}")
+            for name in found:
+                self.read(name)
+
+    def _environment(self, section: Section, key: str, value: str) -> str:
+        """Puts in what ${NAME} stands for; $${NAME} is the text ${NAME}."""
+
+        def replace(match: re.Match[str]) -> str:
+            if match[1]:
+                return match[0][1:]
+            found = os.environ.get(match[2])
+            if found is None:
+                self.errors.append(f"{section.where(key)}: expected the environment variable {match[2]} to be set")
+            return found or ""
+
+        return _ENV.sub(replace, value) if "${" in value else value
+
+    def fill(self) -> None:
+        """Takes what comes from the environment."""
+        for section in self.sections.values():
+            for key, value in section.items():
+                section[key] = self._environment(section, key, value)
+
+
+def _words(text: str) -> list[str]:
+    """Splits at commas and blanks."""
+    return text.replace(",", " ").split()
+
+
+# --- from text to values ----------------------------------------------------------------------------------------
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` where a known name is near, else empty."""
+    found = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], section: Section, *, base: str = "", look: bool = True, ignore: Iterable[str] = ()) -> Model:
+    """A `model` from a section's text; raises ConfigError with all that is wrong in it.
+
+    A key whose type is a list or set is split at commas and blanks. `key_file = path` gives the key from a file
+    (without its last line end) unless the model has a key of that name itself. ignore: keys that others read.
+    look=False: files named by keys are not looked for again.
+    """
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    skip = set(ignore) - set(fields)
+    values: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    errors: list[str] = []
+    for given, text in section.items():
+        if given in skip:
+            continue
+        key = given
+        if given not in fields and given.endswith("_file") and given[:-5] in fields:
+            key = given[:-5]
+            try:
+                text = _secret(section, os.path.join(base, text))
+            except (OSError, UnicodeDecodeError) as error:
+                errors.append(f"{section.where(given)}: expected a file that can be read, not {text!r} ({error})")
+                spelled[key] = given
+                continue
+        if key in spelled:
+            errors.append(f"{section.where(given)}: expected only one of {spelled[key]} and {given}")
+            continue
+        spelled[key] = given
+        values[key] = _words(text) if key in fields and _is_list(fields[key].annotation) else text
+    try:
+        made = model.model_validate(values, context={"base": base, "look": look})
+    except ValidationError as failure:
+        for error in failure.errors():
+            key = str(error["loc"][0]) if error["loc"] else ""
+            errors.append(_explain(section, spelled.get(key, key), error, list(fields)))
+        raise ConfigError(list(dict.fromkeys(errors))) from None
+    if errors:
+        raise ConfigError(errors)
+    return made
+
+
+def _secret(section: Section, path: str) -> str:
+    """The content of a file that a `key_file` names, read once."""
+    text = section.secrets.get(path)
+    if text is None:
+        with open(path, encoding="utf-8") as file:
+            text = section.secrets[path] = file.read().removesuffix("\n").removesuffix("\r")
+    return text
+
+
+def _is_list(annotation: Any) -> bool:
+    """True for list[…], set[…], frozenset[…], tuple[X, …] and these or None."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return any(_is_list(part) for part in get_args(annotation))
+    if origin is Annotated:
+        return _is_list(get_args(annotation)[0])
+    if annotation in (list, set, frozenset):
+        return True
+    return origin in (list, set, frozenset) or (origin is tuple and Ellipsis in get_args(annotation))
+
+
+def _explain(section: Section, key: str, error: Any, known: list[str]) -> str:
+    """One pydantic error as a line for the postmaster."""
+    kind = error["type"]
+    where = section.where(key)
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key{nearest(key, known)}"
+    if kind == "missing":
+        return f"{section.where()} {key}: expected to be given"
+    shown = repr(error["input"])
+    if kind in ("value_error", "assertion_error"):
+        expected = str(error["ctx"]["error"])
+    elif kind.startswith("int"):
+        expected = "a whole number"
+    elif kind.startswith("float"):
+        expected = "a number"
+    elif kind.startswith("bool"):
+        expected = "yes or no"
+    elif kind == "literal_error":
+        expected = f"one of {error['ctx']['expected']}"
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return f"{where}: expected {expected}, not {shown}{nearest(str(error['input']), choices)}"
+    else:
+        expected = error["msg"].removeprefix("Input should be ")
+    return f"{where}: expected {expected}, not {shown}"
+
+
+# --- the core's sections ----------------------------------------------------------------------------------------
+
+
+class CoreSection(BaseModel):
+    """What all core sections have in common: unknown keys are errors, defaults are checked like values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, str_strip_whitespace=True)
+
+
+def _cores(value: Any) -> Any:
+    """The number of processors for `auto`."""
+    return len(os.sched_getaffinity(0)) if value == "auto" else value
+
+
+def _zero(value: Any) -> Any:
+    """0 for `auto`: the worker finds the number itself."""
+    return 0 if value == "auto" else value
+
+
+def _user(value: str | None, info: ValidationInfo) -> str | None:
+    """An account of this machine."""
+    if value and (info.context or {}).get("look", True):
+        try:
+            pwd.getpwnam(value)
+        except KeyError as error:
+            raise ValueError("an account of this machine") from error
+    return value or None
+
+
+class Gmta(CoreSection):
+    """[gmta]"""
+
+    hostname: Domain = Field("", description="name in banner, EHLO and Received; default: this machine's")
+    data_dir: Path = Field("var", description="queue, spool and state")
+    workers: Annotated[int, BeforeValidator(_cores), Field(ge=1, le=1024)] = Field("auto", description="processes")  # type: ignore[assignment]
+    user: Annotated[str | None, AfterValidator(_user)] = Field(None, description="account that workers run as")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    log_file: Path = Field("", description="default: standard error")
+    include: list[str] = Field([], description="files read as well, such as conf.d/*.ini")
+
+
+class Listener(CoreSection):
+    """[listener:NAME]"""
+
+    addresses: list[HostPort] = Field(alias="address", min_length=1)
+    role: Literal["mx", "submission"] = "mx"
+    tls: Literal["starttls", "implicit", "off"] = "starttls"
+    auth_required: bool | None = Field(None, description="default: yes for submission")
+    bare_newline: Literal["reject", "normalize"] = "reject"
+    proxy_protocol: bool = False
+
+
+class Tls(CoreSection):
+    """[tls] and [tls:NAME]; without a certificate nothing offers TLS."""
+
+    certificate: ExistingFile = Field("", description="PEM, with its chain")
+    key: ExistingFile = Field("", description="PEM; default: in the certificate's file")
+    minimum_version: Literal["1.2", "1.3"] = "1.2"
+
+
+class Domains(CoreSection):
+    """[domains]"""
+
+    local: frozenset[Domain] = Field(frozenset(), description="delivered here")
+    relay_to: frozenset[Domain] = Field(frozenset(), description="accepted from anybody and passed on (backup MX)")
+    relay_from: list[Network] = Field([], description="networks whose clients may send anywhere")
+
+
+class Limits(CoreSection):
+    """[limits]: DESIGN's table; octets and seconds."""
+
+    message_size: Size = Field("35MB", ge=1024)  # type: ignore[assignment]
+    header_size: Size = "1MB"  # type: ignore[assignment]
+    header_fields: int = Field(2000, ge=1)
+    text_line: Size = "64KB"  # type: ignore[assignment]
+    command_line: Size = Field(2048, ge=512)  # RFC 5321 section 4.5.3.1.4
+    recipients: int = Field(1000, ge=100)  # RFC 5321 section 4.5.3.1.8
+    recipients_refused: int = Field(2000, ge=0, description="refused ones before the connection is closed")
+    hops: int = Field(50, ge=1)
+    connections: Annotated[int, BeforeValidator(_zero), Field(ge=0)] = Field("auto", description="a worker")  # type: ignore[assignment]
+    connections_per_ip: int = Field(50, ge=0)
+    connections_per_subnet: int = Field(200, ge=0, description="a /24 or /48")
+    command_timeout: Duration = "300s"  # type: ignore[assignment]
+    command_timeout_pressure: Duration = "30s"  # type: ignore[assignment]
+    data_timeout: Duration = "600s"  # type: ignore[assignment]
+    data_rate: Size = Field(500, description="octets a second, after data_rate_after")
+    data_rate_after: Duration = "60s"  # type: ignore[assignment]
+    tls_timeout: Duration = "30s"  # type: ignore[assignment]
+    errors_per_session: int = Field(20, ge=1)
+    error_delay: Duration = "1s"  # type: ignore[assignment]
+    error_delay_from: int = Field(10, ge=0)
+    auth_failures: int = Field(3, ge=1)
+    mime_depth: int = Field(100, ge=1)
+    mime_parts: int = Field(1000, ge=1)
+    dkim_signatures: int = Field(10, ge=0)
+
+
+class Queue(CoreSection):
+    """[queue]"""
+
+    store: str = "sqlite"
+    retry: list[Duration] = Field(["5m", "15m", "30m", "1h", "2h", "4h"], min_length=1)  # type: ignore[list-item]
+    lifetime: Duration = "5d"  # type: ignore[assignment]
+    bounce_lifetime: Duration = "1d"  # type: ignore[assignment]
+    warn_after: Duration = Field("4h", description="0: no delay notices")  # type: ignore[assignment]
+    history: Duration = Field("7d", description="how long settled messages can be traced")  # type: ignore[assignment]
+    window: int = Field(1000, ge=1, description="messages held in memory a worker")
+
+
+class Plugins(CoreSection):
+    """[plugins]"""
+
+    path: list[Path] = Field([], description="folders with plugins of your own")
+    enable: list[str] = Field([], description="in the order they are asked")
+
+
+class Dns(CoreSection):
+    """[dns]"""
+
+    servers: list[str] = Field([], description="ADDRESS or ADDRESS:PORT; default: the system's")
+    timeout: Duration = Field("5s", description="for one whole look-up")  # type: ignore[assignment]
+    cache_size: int = Field(10000, ge=0)
+
+
+class MetricsSection(CoreSection):
+    """[metrics]"""
+
+    address: HostPort | None = Field(None, description="where metrics can be fetched; default: off")
+
+
+class TransportSection(BaseModel):
+    """What the core reads in [transport:NAME]; the other keys are the transport's."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: str = Field(min_length=1)
+    concurrency: int | None = Field(None, ge=1, description="deliveries at a time to one next hop")
+    rate: str | None = Field(None, pattern=r"^\s*\d+(\.\d+)?\s*/\s*\d*\s*(s|m|h|d)\w*\s*$",
+                             description="such as 10/s or 600/m")
+
+
+_CORE: dict[str, type[CoreSection]] = {
+    "gmta": Gmta, "tls": Tls, "domains": Domains, "limits": Limits, "queue": Queue, "plugins": Plugins, "dns": Dns,
+    "metrics": MetricsSection,
+}
+_NAMED = ("listener", "plugin", "transport", "tls")
+
+
+class Config:
+    """The whole configuration, checked.
+
+    file, base: the file and its folder.  gmta, tls, domains, limits, queue, plugins, dns, metrics: the sections.
+    listeners: name -> Listener.  tls_names: server name -> Tls.  plugin, transports: name -> Section (text).
+    route: address, domain, .subdomain, local or * -> transport, fail, hold or discard.
+    """
+
+    __slots__ = ("base", "dns", "domains", "file", "gmta", "limits", "listeners", "look", "metrics", "plugin",
+                 "plugins", "queue", "route", "sections", "tls", "tls_names", "transports")
+
+    gmta: Gmta
+    tls: Tls
+    domains: Domains
+    limits: Limits
+    queue: Queue
+    plugins: Plugins
+    dns: Dns
+    metrics: MetricsSection
+
+    def __init__(self, sections: dict[str, Section], file: str = "", *, look: bool = True) -> None:
+        self.file = file
+        self.base = os.path.dirname(os.path.abspath(file)) if file else os.getcwd()
+        self.look = look
+        self.sections = sections
+        self.listeners: dict[str, Listener] = {}
+        self.tls_names: dict[str, Tls] = {}
+        self.plugin: dict[str, Section] = {}
+        self.transports: dict[str, Section] = {}
+        self.route: dict[str, str] = {}
+        errors: list[str] = []
+        self._defaults()
+        for name, model in _CORE.items():
+            section = sections.get(name) or Section(name, file)
+            try:
+                setattr(self, name, self.validate(model, section))
+            except ConfigError as error:
+                errors += error.errors
+        for name, section in sections.items():
+            if name not in _CORE and name != "route":
+                errors += self._named(section)
+        errors += self._routes(sections.get("route"))
+        if errors:
+            raise ConfigError(errors)
+
+    def validate(self, model: type[Model], section: Section, *, ignore: Iterable[str] = ()) -> Model:
+        """A section's text as `model`, with paths from this configuration's folder; raises ConfigError."""
+        return validate(model, section, base=self.base, look=self.look, ignore=ignore)
+
+    def _defaults(self) -> None:
+        """What stands for sections that are not there."""
+        sections = self.sections
+        gmta = sections.setdefault("gmta", Section("gmta", self.file))
+        if not gmta.get("hostname"):
+            gmta["hostname"] = socket.getfqdn()
+        gmta.setdefault("workers", "auto")
+        if gmta["workers"] == "auto":  # a snapshot says the same in every process
+            gmta["workers"] = str(_cores("auto"))
+        if not any(name.startswith("listener:") for name in sections):
+            sections["listener:mx"] = Section("listener:mx", self.file, values={"address": "127.0.0.1:2525"})
+        if not any(name.startswith("transport:") for name in sections):
+            sections["transport:mailbox"] = Section("transport:mailbox", self.file, values={
+                "type": "maildir", "path": os.path.join(gmta.get("data_dir") or "var", "mail/{domain}/{local}")})
+            sections["transport:outbound"] = Section("transport:outbound", self.file, values={"type": "relay"})
+
+    def _named(self, section: Section) -> list[str]:
+        """Files a section of the form [kind:NAME]; returns errors."""
+        kind, colon, name = section.name.partition(":")
+        if kind not in _NAMED or not colon:
+            known = [*_CORE, "route", *(f"{word}:{name or 'NAME'}" for word in _NAMED)]
+            return [f"{section.where()}: unknown section{nearest(section.name, known)}"]
+        if _NAME.fullmatch(name) is None:
+            return [f"{section.where()}: expected a name of letters, digits, dots, - and _ behind the colon"]
+        try:
+            if kind == "listener":
+                listener = self.validate(Listener, section)
+                if listener.auth_required is None:
+                    listener = listener.model_copy(update={"auth_required": listener.role == "submission"})
+                self.listeners[name] = listener
+            elif kind == "tls":
+                self.tls_names[domain_key(name)] = self.validate(Tls, section)
+            elif kind == "plugin":
+                self.plugin[name] = section
+            else:
+                if name in TARGETS:
+                    return [f"{section.where()}: expected another name, {name} is a route target of its own"]
+                self.validate(TransportSection, section)
+                self.transports[name] = section
+        except ConfigError as error:
+            return error.errors
+        return []
+
+    def _routes(self, section: Section | None) -> list[str]:
+        """Checks [route], or makes one: local = the first maildir transport, * = the first relay."""
+        if section is None:
+            for key, kinds in (("local", ("maildir", "lmtp")), ("*", ("relay",))):
+                for kind in kinds:
+                    for name, transport in self.transports.items():
+                        if transport.get("type") == kind:
+                            self.route.setdefault(key, name)
+            return []
+        errors: list[str] = []
+        known = [*(name[10:] for name in self.sections if name.startswith("transport:")), *TARGETS]
+        for key, target in section.items():
+            if target not in known:
+                errors.append(f"{section.where(key)}: expected a transport, fail, hold or discard, "
+                              f"not {target!r}{nearest(target, known)}")
+            try:
+                if "@" in key:
+                    parse_mailbox(key)
+                elif key not in ("local", "*"):
+                    check_domain(key.removeprefix("."))
+            except AddressError as error:
+                errors.append(f"{section.where(key)}: expected an address, a domain, .domain, local or * ({error})")
+            self.route[key] = target
+        return errors
+
+    def snapshot(self) -> str:
+        """The configuration as JSON text, with what came from the environment and from secret files."""
+        return json.dumps({
+            "file": self.file, "base": self.base,
+            "sections": [{"name": section.name, "file": section.file, "line": section.line, "values": dict(section),
+                          "places": section.places, "secrets": section.secrets} for section in self.sections.values()],
+        })
+
+    @classmethod
+    def from_snapshot(cls, text: str) -> Config:
+        """The Config that `snapshot` was taken of; reads no configuration file."""
+        data = json.loads(text)
+        sections: dict[str, Section] = {}
+        for item in data["sections"]:
+            section = sections[item["name"]] = Section(item["name"], item["file"], item["line"], item["values"])
+            section.places = {key: (place[0], place[1]) for key, place in item["places"].items()}
+            section.secrets = item["secrets"]
+        return cls(sections, data["file"], look=False)
+
+
+def find() -> str:
+    """The configuration file where none is named: $GMTA_CONFIG, ./config.ini, /etc/gmta/config.ini; raises ConfigError."""
+    named = os.environ.get("GMTA_CONFIG")
+    if named:
+        return named
+    for path in FILES:
+        if os.path.exists(path):
+            return path
+    raise ConfigError([f"no configuration: none of -c FILE, $GMTA_CONFIG, {', '.join(FILES)}"])
+
+
+def load(path: str | None = None) -> Config:
+    """Reads and checks the configuration; raises ConfigError with everything that is wrong."""
+    path = os.path.abspath(path or find())
+    text = _Text()
+    text.read(path)
+    text.fill()
+    try:
+        config = Config(text.sections, path)
+    except ConfigError as error:
+        raise ConfigError(list(dict.fromkeys(text.errors + error.errors))) from None
+    if text.errors:
+        raise ConfigError(text.errors)
+    return config

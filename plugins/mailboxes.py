@@ -1,0 +1,338 @@
+"""Accepts recipients in the local domains: listed mailboxes, aliases, a catch-all, and always postmaster.
+
+Hook: permit_rcpt. Says nothing about domains that are not in `[domains] local`; what no plugin permits is refused.
+
+Keys of `[plugin:mailboxes]`: `accept = listed|any` (any: every safe name in a local domain is a mailbox), `mailboxes`
+(comma- or blank-separated; a name without @ holds in every local domain), `mailboxes_file` (one a line, `#` comments),
+`aliases_file` (classic aliases syntax), `detail_separator = +`, `catch_all` (an address). The files are read again
+within a second of a change; one that can't be read or parsed then leaves the former content in force and is logged,
+at the start it stops the start.
+
+Order: exact name, name without detail, catch_all, `accept = any`. An alias is followed to its end before the answer, so
+an unknown user behind it is refused at RCPT. Names match without regard to case. Commands (`|program`) and files
+(`/path`) as alias targets are refused: delivery is a transport's business.
+
+Replies: 550 5.1.1 no such user; 550 5.4.6 the aliases loop; 550 5.1.3 a name that could mean a path, a command or a
+further route (percent hack, bang path), unless it is listed. RFC 5321 section 4.5.1 (postmaster), RFC 5233 (detail).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, field_validator
+
+from gmta import PluginConfig, Verdict, accept, hookimpl, reject
+from gmta.mail.address import Address, AddressError, domain_key
+from gmta.mail.session import Recipient, Session, Transaction
+
+MAX_DEPTH = 50  # an alias chain longer than this is taken for a loop
+MAX_TARGETS = 1000  # one RCPT must not become an unbounded number of recipients
+MAX_INCLUDE_DEPTH = 5
+CHECK_INTERVAL_S = 1.0
+
+# What a mailbox name must not hold unless the postmaster listed it: path parts, commands, routes, quoting.
+_UNSAFE = re.compile(r"[\x00-\x20\x7f-\x9f/\\|%!:@\"`<>,;()\[\]]|\A[.\-~]|\.\.|\.\Z")
+_TOKEN = re.compile(r'\s*((?:"(?:[^"\\]|\\.)*"|[^",\s])+)\s*(?:,|\Z)')
+_SEPARATED = re.compile(r"[,\s]+")
+
+
+def _names(value: object) -> object:
+    return [name for name in _SEPARATED.split(value) if name] if isinstance(value, str) else value
+
+
+class Config(PluginConfig):
+    """Keys of [plugin:mailboxes]."""
+
+    accept: Literal["listed", "any"] = "listed"
+    mailboxes: Annotated[list[str], BeforeValidator(_names)] = []
+    mailboxes_file: str = ""
+    aliases_file: str = ""
+    detail_separator: str = "+"
+    catch_all: str = ""
+
+    @field_validator("mailboxes")
+    @classmethod
+    def _check_mailboxes(cls, value: list[str]) -> list[str]:
+        for name in value:
+            _key_of(name)
+        return value
+
+    @field_validator("catch_all")
+    @classmethod
+    def _check_catch_all(cls, value: str) -> str:
+        if value:
+            Address.parse(value)
+        return value
+
+    @field_validator("detail_separator")
+    @classmethod
+    def _check_separator(cls, value: str) -> str:
+        if len(value) > 1 or value.isalnum() or value in ("@", ".", '"'):
+            raise ValueError("expected one character such as + or -, or nothing")
+        return value
+
+
+class Refused(Exception):
+    """A chain of aliases that can't be delivered; `verdict` is the answer."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.reply.text)
+        self.verdict = verdict
+
+
+def _key_of(name: str) -> str:
+    """The form to compare a listed name by: `local@host` or `local`, lower case; raises ValueError."""
+    name = name.strip()
+    if "@" in name:
+        return _key(Address.parse(name))
+    Address.make(name, "localhost.test")  # raises AddressError, a ValueError, where it can't be a local part
+    return name.lower()
+
+
+def _key(address: Address) -> str:
+    return f"{address.mailbox.lower()}@{address.host}"
+
+
+def parse_mailboxes(text: str, source: str) -> set[str]:
+    """The names of a mailboxes_file: the first word of each line; raises ValueError with the line."""
+    found: set[str] = set()
+    for number, line in enumerate(text.splitlines(), 1):
+        word = line.partition("#")[0].split()
+        if word:
+            try:
+                found.add(_key_of(word[0]))
+            except ValueError as error:
+                raise ValueError(f"{source}:{number}: {word[0]!r} is not a mailbox: {error}") from error
+    return found
+
+
+def parse_aliases(text: str, source: str, directory: Path | None = None) -> dict[str, list[str]]:
+    """Alias name -> targets, of a file in classic aliases syntax; raises ValueError with the line.
+
+    A line that starts with a blank continues the one before; `#` starts a comment line; a name or target may be
+    quoted; a name that stands twice has the targets of both. `:include:FILE` is a list of targets in a file.
+    """
+    logical: list[tuple[int, str]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if line[0] in " \t":
+            if not logical:
+                raise ValueError(f"{source}:{number}: a continuation of nothing")
+            logical[-1] = (logical[-1][0], logical[-1][1] + " " + line.strip())
+        else:
+            logical.append((number, line.strip()))
+    aliases: dict[str, list[str]] = {}
+    for number, line in logical:
+        where = f"{source}:{number}"
+        match = re.match(r'\s*("(?:[^"\\]|\\.)*"(?:@[^\s:]+)?|[^\s:"]+)\s*:(.*)\Z', line)
+        if match is None:
+            raise ValueError(f"{where}: expected `name: target, target`")
+        try:
+            name = match[1]
+            key = _key_of(_unquote(name) if name.startswith('"') and name.endswith('"') else name)
+        except ValueError as error:
+            raise ValueError(f"{where}: {match[1]!r} is not an alias name: {error}") from error
+        targets = _targets(match[2], where, directory, 0)
+        if not targets:
+            raise ValueError(f"{where}: {match[1]!r} has no target")
+        aliases.setdefault(key, []).extend(targets)
+    return aliases
+
+
+def _unquote(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text[1:-1])
+
+
+def _targets(text: str, where: str, directory: Path | None, depth: int) -> list[str]:
+    found: list[str] = []
+    position = 0
+    while text[position:].strip():
+        match = _TOKEN.match(text, position)
+        if match is None:
+            raise ValueError(f"{where}: can't read the targets at {text[position:].strip()[:40]!r}")
+        position = match.end()
+        target = match[1]
+        whole = _unquote(target) if target.startswith('"') and target.endswith('"') and len(target) > 1 else target
+        if whole.startswith((":include:", "|", "/")):
+            if not whole.startswith(":include:"):
+                raise ValueError(f"{where}: {whole[:40]!r}: commands and files are no alias targets here;"
+                                 " give the address a route to a transport instead")
+            if directory is None or depth >= MAX_INCLUDE_DEPTH:
+                raise ValueError(f"{where}: :include: nests too deep")
+            file = directory / whole[len(":include:"):].strip()
+            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+                if line.strip() and not line.lstrip().startswith("#"):
+                    found += _targets(line, f"{file.name}:{number}", directory, depth + 1)
+            continue
+        try:
+            found.append(str(Address.parse(whole)) if "@" in whole else _local(whole))
+        except ValueError as error:
+            raise ValueError(f"{where}: {target[:40]!r} is not an address: {error}") from error
+    return found
+
+
+def _local(name: str) -> str:
+    Address.make(name, "localhost.test")
+    return name
+
+
+class Plugin:
+    """Holds the lists in memory; a look-up touches no file but for one stat a second."""
+
+    def __init__(self, config: Config, services: Any) -> None:
+        self._config = config
+        self._services = services
+        local = services.config.domains.local
+        self._domains = frozenset(domain_key(domain) for domain in local)
+        order = list(local) if isinstance(local, (list, tuple, dict)) else sorted(local)
+        self._first = domain_key(order[0]) if order else ""
+        self._listed = frozenset(_key_of(name) for name in config.mailboxes)
+        self._from_file: set[str] = set()
+        self._aliases: dict[str, list[str]] = {}
+        self._catch_all = Address.parse(config.catch_all) if config.catch_all else None
+        self._files = [path for path in (config.mailboxes_file, config.aliases_file) if path]
+        self._stamp: object = None
+        self._checked_at = 0.0
+        if self._files:
+            self._stamp = self._stamps()
+            self._load()
+            self._checked_at = services.clock()
+
+    @hookimpl
+    def permit_rcpt(self, session: Session, transaction: Transaction, recipient: Recipient) -> Verdict | None:
+        """Accepts what ends in mailboxes or foreign addresses, refuses unknown names of local domains."""
+        address = recipient.address
+        if not address.domain:  # RFC 5321 section 4.1.1.3: <Postmaster> without a domain
+            if address.local.lower() != "postmaster" or not self._first:
+                return None
+            address = Address("postmaster", self._first)
+        elif address.host not in self._domains:
+            return None
+        self._refresh()
+        try:
+            found: dict[str, Address] = {}
+            self._resolve(address, (), found)
+        except Refused as refused:
+            if address.mailbox.lower() != "postmaster":
+                return refused.verdict
+            found = {"": Address("postmaster", address.domain)}  # RFC 5321 section 4.5.1: never refused
+        final = list(found.values())
+        if len(final) == 1 and str(final[0]) == str(recipient.address):
+            return accept()
+        return accept(replace=final)
+
+    def _resolve(self, address: Address, path: tuple[str, ...], found: dict[str, Address]) -> None:
+        """Adds to `found` where `address` ends; raises Refused."""
+        if address.host not in self._domains:
+            found.setdefault(_key(address), address)
+            return
+        key = _key(address)
+        if path and path[-1] == key:  # `joe: joe, joe@elsewhere` keeps a copy in joe's own mailbox
+            self._end(address, found)
+            return
+        if key in path or len(path) >= MAX_DEPTH:
+            raise Refused(reject(f"Aliases loop at <{_shown(address)}>", 550, "5.4.6"))
+        user, detail = address.split_detail(self._config.detail_separator)
+        for name in (address.mailbox, user) if detail else (address.mailbox,):
+            targets = self._targets_of(name, address.host)
+            if targets is not None:
+                self_key = f"{name.lower()}@{address.host}"
+                if self_key in path and self_key != path[-1]:
+                    raise Refused(reject(f"Aliases loop at <{_shown(address)}>", 550, "5.4.6"))
+                if path and path[-1] == self_key:
+                    self._end(Address.make(name, address.domain), found)
+                    return
+                for target in targets:
+                    self._resolve(self._address(target, address.domain), (*path, self_key), found)
+                    if len(found) > MAX_TARGETS:
+                        raise Refused(reject("The alias has too many targets", 550, "5.3.5"))
+                return
+            if self._is_listed(name, address.host):
+                found.setdefault(f"{name.lower()}@{address.host}", Address.make(name.lower(), address.host))
+                return
+        self._unlisted(address, user, path, found)
+
+    def _unlisted(self, address: Address, user: str, path: tuple[str, ...], found: dict[str, Address]) -> None:
+        """The end for a name that neither list nor alias holds."""
+        if user.lower() == "postmaster":  # RFC 5321 section 4.5.1
+            found.setdefault(f"postmaster@{address.host}", Address("postmaster", address.host))
+            return
+        if _UNSAFE.search(address.mailbox):
+            raise Refused(reject("Recipient address is not allowed", 550, "5.1.3"))
+        if self._catch_all is not None and _key(self._catch_all) not in path and _key(self._catch_all) != _key(address):
+            self._resolve(self._catch_all, (*path, _key(address)), found)
+            return
+        catches = self._catch_all is not None and _key(self._catch_all) == _key(address)
+        if self._config.accept == "any" or catches:
+            found.setdefault(f"{user.lower()}@{address.host}", Address.make(user.lower(), address.host))
+            return
+        raise Refused(reject(f"<{_shown(address)}>: no such user here", 550, "5.1.1"))
+
+    def _end(self, address: Address, found: dict[str, Address]) -> None:
+        """An alias that names itself: its own mailbox, where there may be one."""
+        name = address.mailbox.lower()
+        if _UNSAFE.search(name) and not self._is_listed(name, address.host):
+            raise Refused(reject("Recipient address is not allowed", 550, "5.1.3"))
+        found.setdefault(f"{name}@{address.host}", Address.make(name, address.host))
+
+    def _is_listed(self, name: str, host: str) -> bool:
+        lower = name.lower()
+        full = f"{lower}@{host}"
+        return full in self._listed or lower in self._listed or full in self._from_file or lower in self._from_file
+
+    def _targets_of(self, name: str, host: str) -> list[str] | None:
+        lower = name.lower()
+        return self._aliases.get(f"{lower}@{host}") or self._aliases.get(lower)
+
+    @staticmethod
+    def _address(target: str, domain: str) -> Address:
+        return Address.parse(target) if "@" in target else Address.make(target, domain)
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    def _stamps(self) -> list[tuple[int, int, int]]:
+        stats = [os.stat(path) for path in self._files]
+        return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]
+
+    def _load(self) -> None:
+        """Reads the files; raises OSError or ValueError and then changes nothing."""
+        config = self._config
+        mailboxes: set[str] = set()
+        aliases: dict[str, list[str]] = {}
+        if config.mailboxes_file:
+            path = Path(config.mailboxes_file)
+            mailboxes = parse_mailboxes(path.read_text(encoding="utf-8"), path.name)
+        if config.aliases_file:
+            path = Path(config.aliases_file)
+            aliases = parse_aliases(path.read_text(encoding="utf-8"), path.name, path.parent)
+        self._from_file, self._aliases = mailboxes, aliases
+
+    def _refresh(self) -> None:
+        """Loads the files again when they changed, looking once a second at most."""
+        if not self._files:
+            return
+        now = self._services.clock()
+        if 0 <= now - self._checked_at < CHECK_INTERVAL_S:
+            return
+        self._checked_at = now
+        try:
+            stamp = self._stamps()
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
+            self._load()
+        except (OSError, ValueError) as error:
+            self._services.log.error("mailbox files not reloaded, the former content stays", error=str(error))
+
+
+def _shown(address: Address) -> str:
+    """The address for a reply line: ASCII, bounded."""
+    return str(address).encode("ascii", "backslashreplace").decode("ascii")[:200]
+
+
+__all__ = ["AddressError", "Config", "Plugin", "parse_aliases", "parse_mailboxes"]
