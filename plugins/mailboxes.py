@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from pathlib import Path as FilePath
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import field_validator
 
 from gmta import PluginConfig, Verdict, accept, hookimpl, reject
-from gmta.mail.address import Address, AddressError, domain_key
+from gmta.config import Path
+from gmta.mail.address import Address, domain_key
 from gmta.mail.session import Recipient, Session, Transaction
 
 MAX_DEPTH = 50  # an alias chain longer than this is taken for a loop
@@ -37,20 +38,15 @@ CHECK_INTERVAL_S = 1.0
 # What a mailbox name must not hold unless the postmaster listed it: path parts, commands, routes, quoting.
 _UNSAFE = re.compile(r"[\x00-\x20\x7f-\x9f/\\|%!:@\"`<>,;()\[\]]|\A[.\-~]|\.\.|\.\Z")
 _TOKEN = re.compile(r'\s*((?:"(?:[^"\\]|\\.)*"|[^",\s])+)\s*(?:,|\Z)')
-_SEPARATED = re.compile(r"[,\s]+")
-
-
-def _names(value: object) -> object:
-    return [name for name in _SEPARATED.split(value) if name] if isinstance(value, str) else value
 
 
 class Config(PluginConfig):
     """Keys of [plugin:mailboxes]."""
 
     accept: Literal["listed", "any"] = "listed"
-    mailboxes: Annotated[list[str], BeforeValidator(_names)] = []
-    mailboxes_file: str = ""
-    aliases_file: str = ""
+    mailboxes: list[str] = []
+    mailboxes_file: Path = ""
+    aliases_file: Path = ""
     detail_separator: str = "+"
     catch_all: str = ""
 
@@ -110,7 +106,7 @@ def parse_mailboxes(text: str, source: str) -> set[str]:
     return found
 
 
-def parse_aliases(text: str, source: str, directory: Path | None = None) -> dict[str, list[str]]:
+def parse_aliases(text: str, source: str, directory: FilePath | None = None) -> dict[str, list[str]]:
     """Alias name -> targets, of a file in classic aliases syntax; raises ValueError with the line.
 
     A line that starts with a blank continues the one before; `#` starts a comment line; a name or target may be
@@ -148,7 +144,7 @@ def _unquote(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text[1:-1])
 
 
-def _targets(text: str, where: str, directory: Path | None, depth: int) -> list[str]:
+def _targets(text: str, where: str, directory: FilePath | None, depth: int) -> list[str]:
     found: list[str] = []
     position = 0
     while text[position:].strip():
@@ -305,10 +301,10 @@ class Plugin:
         mailboxes: set[str] = set()
         aliases: dict[str, list[str]] = {}
         if config.mailboxes_file:
-            path = Path(config.mailboxes_file)
+            path = FilePath(config.mailboxes_file)
             mailboxes = parse_mailboxes(path.read_text(encoding="utf-8"), path.name)
         if config.aliases_file:
-            path = Path(config.aliases_file)
+            path = FilePath(config.aliases_file)
             aliases = parse_aliases(path.read_text(encoding="utf-8"), path.name, path.parent)
         self._from_file, self._aliases = mailboxes, aliases
 
@@ -333,6 +329,3 @@ class Plugin:
 def _shown(address: Address) -> str:
     """The address for a reply line: ASCII, bounded."""
     return str(address).encode("ascii", "backslashreplace").decode("ascii")[:200]
-
-
-__all__ = ["AddressError", "Config", "Plugin", "parse_aliases", "parse_mailboxes"]

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gmta import PluginConfig, hookimpl
-from gmta.config import Size
+from gmta import PluginConfig, Size, hookimpl
 from gmta.mail.session import Session
 
 

@@ -1,0 +1,43 @@
+"""Command lines out of a stream of octets, bounded; and the one exception that the protocol may raise.
+
+RFC 5321 section 2.3.8: only CRLF ends a line. A bare LF or CR is reported, never obeyed.
+"""
+
+from __future__ import annotations
+
+MAX_WITHOUT_LF = 64 * 1024
+
+
+class ProtocolError(Exception):
+    """The caller broke the protocol of these classes (a reply when none is due), or the remote broke SMTP's."""
+
+
+class LineTooLong(Exception):
+    """A line over its limit, read to its end and dropped; internal to gmta.smtp."""
+
+
+class NoLineEnd(Exception):
+    """64 KiB without LF; internal to gmta.smtp."""
+
+
+class BareNewline(Exception):
+    """A line with a bare CR or LF; internal to gmta.smtp."""
+
+
+def take_line(buffer: bytearray, limit: int) -> bytes | None:
+    """Removes one line from the buffer and gives it without CRLF, or None if it is not whole yet.
+
+    Raises LineTooLong (line dropped), NoLineEnd or BareNewline (RFC 5321 section 2.3.8).
+    """
+    end = buffer.find(b"\n")
+    if end < 0:
+        if len(buffer) > MAX_WITHOUT_LF:
+            raise NoLineEnd
+        return None
+    line = bytes(buffer[:end + 1])
+    del buffer[:end + 1]
+    if not line.endswith(b"\r\n") or b"\r" in line[:-2]:
+        raise BareNewline
+    if len(line) > limit:
+        raise LineTooLong
+    return line[:-2]

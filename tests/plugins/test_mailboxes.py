@@ -1,0 +1,213 @@
+"""plugins/mailboxes.py: who is a recipient in the local domains."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gmta.mail.address import Address
+from gmta.mail.session import Recipient, Session, Transaction
+from gmta.mail.verdict import Kind, Verdict
+from gmta_plugins import mailboxes
+from gmta_plugins.mailboxes import parse_aliases, parse_mailboxes
+
+LOCAL = ["example.test", "other.test"]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Log:
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def error(self, event: str, **fields: Any) -> None:
+        self.errors.append(event)
+
+
+def make(**keys: Any) -> tuple[mailboxes.Plugin, Any]:
+    services = SimpleNamespace(config=SimpleNamespace(domains=SimpleNamespace(local=LOCAL)), clock=Clock(), log=Log())
+    return mailboxes.Plugin(mailboxes.Config(**keys), services), services
+
+
+def ask(plugin: mailboxes.Plugin, address: Address | str) -> Verdict | None:
+    if isinstance(address, str):
+        address = Address.parse(address)
+    return plugin.permit_rcpt(Session("s"), Transaction("t", Address.parse("a@b.test")), Recipient(address))
+
+
+def ends(verdict: Verdict | None, given: str) -> list[str]:
+    """Where an accepted recipient goes."""
+    assert verdict is not None and verdict.kind is Kind.ACCEPT, verdict
+    return [given] if verdict.replace is None else [str(address) for address in verdict.replace]
+
+
+def refused(verdict: Verdict | None, enhanced: str) -> None:
+    assert verdict is not None and verdict.kind is Kind.REJECT, verdict
+    assert (verdict.reply.code, verdict.reply.enhanced) == (550, enhanced)
+
+
+def test_listed() -> None:
+    plugin, _ = make(mailboxes=["alice@example.test", "bob"])
+    assert ends(ask(plugin, "alice@example.test"), "alice@example.test") == ["alice@example.test"]
+    assert ends(ask(plugin, "Alice@EXAMPLE.test"), "x") == ["alice@example.test"]
+    assert ends(ask(plugin, "bob@other.test"), "bob@other.test") == ["bob@other.test"]
+    refused(ask(plugin, "alice@other.test"), "5.1.1")
+    refused(ask(plugin, "carol@example.test"), "5.1.1")
+
+
+def test_foreign_domains_are_not_ours() -> None:
+    plugin, _ = make(accept="any", catch_all="all@example.test")
+    for address in ("a@foreign.test", "a@sub.example.test", "a@xexample.test", "a@[127.0.0.1]"):
+        assert ask(plugin, address) is None
+
+
+def test_any() -> None:
+    plugin, _ = make(accept="any")
+    assert ends(ask(plugin, "who.ever@example.test"), "who.ever@example.test") == ["who.ever@example.test"]
+
+
+@pytest.mark.parametrize("local", [
+    "user%foreign.test", "foreign.test!user", '"user@foreign.test"', '"|program"', "|program", "/etc/passwd",
+    '"../../escape"', '".hidden"', '"a b"', '":include:/etc/passwd"', '"a:b"', '"a\\\\b"', "~root", "-option", '"a..b"', "a/b",
+    '"a\\"b"', '"<a>"', "`id`",
+])
+@pytest.mark.parametrize("keys", [{}, {"accept": "any"}, {"accept": "any", "catch_all": "all@example.test"}])
+def test_unsafe_names_need_a_listing(local: str, keys: dict[str, Any]) -> None:
+    plugin, _ = make(**keys)
+    refused(ask(plugin, f"{local}@example.test"), "5.1.3")
+
+
+def test_unsafe_name_that_is_listed() -> None:
+    plugin, _ = make(mailboxes=["a/b@example.test"])
+    assert ends(ask(plugin, "a/b@example.test"), "a/b@example.test") == ["a/b@example.test"]
+
+
+def test_postmaster_is_always_there() -> None:
+    plugin, _ = make()
+    assert ends(ask(plugin, "PostMaster@other.test"), "x") == ["postmaster@other.test"]
+    assert ends(ask(plugin, Address("Postmaster", "")), "x") == ["postmaster@example.test"]
+    assert ask(plugin, Address("other", "")) is None
+
+
+def test_postmaster_survives_its_alias(tmp_path: Any) -> None:
+    file = tmp_path / "aliases"
+    file.write_text("postmaster: gone\n")
+    plugin, _ = make(aliases_file=str(file))
+    assert ends(ask(plugin, "postmaster@example.test"), "postmaster@example.test") == ["postmaster@example.test"]
+    file.write_text("postmaster: root@foreign.test\n")
+    plugin, _ = make(aliases_file=str(file))
+    assert ends(ask(plugin, Address("Postmaster", "")), "x") == ["root@foreign.test"]
+
+
+def test_detail() -> None:
+    plugin, _ = make(mailboxes=["alice@example.test", "bob+x@example.test"])
+    assert ends(ask(plugin, "alice+lists@example.test"), "x") == ["alice@example.test"]
+    assert ends(ask(plugin, "bob+x@example.test"), "bob+x@example.test") == ["bob+x@example.test"]
+    refused(ask(plugin, "bob+y@example.test"), "5.1.1")
+    plugin, _ = make(mailboxes=["alice@example.test"], detail_separator="")
+    refused(ask(plugin, "alice+lists@example.test"), "5.1.1")
+    plugin, _ = make(accept="any", detail_separator="-")
+    assert ends(ask(plugin, "alice-lists@example.test"), "x") == ["alice@example.test"]
+
+
+def test_catch_all_comes_after_the_exact_match() -> None:
+    plugin, _ = make(mailboxes=["alice@example.test", "all@example.test"], catch_all="all@example.test")
+    assert ends(ask(plugin, "alice@example.test"), "alice@example.test") == ["alice@example.test"]
+    assert ends(ask(plugin, "nobody@other.test"), "x") == ["all@example.test"]
+    plugin, _ = make(catch_all="all@example.test")
+    assert ends(ask(plugin, "nobody@example.test"), "x") == ["all@example.test"]
+    assert ends(ask(plugin, "all@example.test"), "all@example.test") == ["all@example.test"]
+    plugin, _ = make(catch_all="archive@foreign.test")
+    assert ends(ask(plugin, "nobody@example.test"), "x") == ["archive@foreign.test"]
+
+
+def aliases(tmp_path: Any, text: str, **keys: Any) -> tuple[mailboxes.Plugin, Any]:
+    file = tmp_path / "aliases"
+    file.write_text(text)
+    return make(aliases_file=str(file), mailboxes=["alice@example.test", "bob@example.test"], **keys)
+
+
+def test_alias_chain(tmp_path: Any) -> None:
+    plugin, _ = aliases(tmp_path, "# all\nteam: staff,\n  guest@foreign.test\nstaff: alice, Bob, alice\n"
+                                  "sales@other.test: team@example.test\n")
+    assert ends(ask(plugin, "team@example.test"), "x") == ["alice@example.test", "bob@example.test", "guest@foreign.test"]
+    assert ends(ask(plugin, "Team+x@example.test"), "x") == ["alice@example.test", "bob@example.test", "guest@foreign.test"]
+    assert ends(ask(plugin, "sales@other.test"), "x")[0] == "alice@example.test"
+    refused(ask(plugin, "sales@example.test"), "5.1.1")
+
+
+def test_unknown_user_behind_an_alias_is_refused(tmp_path: Any) -> None:
+    plugin, _ = aliases(tmp_path, "team: alice, more\nmore: gone\n")
+    refused(ask(plugin, "team@example.test"), "5.1.1")
+
+
+def test_self_alias_keeps_a_copy(tmp_path: Any) -> None:
+    plugin, _ = aliases(tmp_path, "joe: joe, joe@foreign.test\n")
+    assert ends(ask(plugin, "joe@example.test"), "x") == ["joe@example.test", "joe@foreign.test"]
+
+
+@pytest.mark.parametrize("text", ["a: b\nb: a\n", "a: b\nb: c\nc: b\n", "a: b+x\nb: a+y\n"])
+@pytest.mark.parametrize("keys", [{}, {"accept": "any"}])
+def test_loop(tmp_path: Any, text: str, keys: dict[str, Any]) -> None:
+    plugin, _ = aliases(tmp_path, text, **keys)
+    refused(ask(plugin, "a@example.test"), "5.4.6")
+
+
+def test_long_chains_end(tmp_path: Any) -> None:
+    plugin, _ = aliases(tmp_path, "".join(f"n{n}: n{n + 1}\n" for n in range(2000)))
+    refused(ask(plugin, "n0@example.test"), "5.4.6")
+
+
+def test_doubling_aliases_are_cheap(tmp_path: Any) -> None:
+    """Each level names the next twice: 2**40 walks without a memory of what is done."""
+    plugin, _ = aliases(tmp_path, "".join(f"n{n}: n{n + 1}, n{n + 1}+x\n" for n in range(40)) + "n40: alice\n")
+    assert ends(ask(plugin, "n0@example.test"), "x") == ["alice@example.test"]
+
+
+def test_file_is_read_again(tmp_path: Any) -> None:
+    file = tmp_path / "mailboxes"
+    file.write_text("alice@example.test\n")
+    plugin, services = make(mailboxes_file=str(file))
+    refused(ask(plugin, "dave@example.test"), "5.1.1")
+    file.write_text("alice@example.test\ndave@example.test # new\n")
+    services.clock.now += 2
+    assert ends(ask(plugin, "dave@example.test"), "dave@example.test") == ["dave@example.test"]
+    file.write_text("not an address@@\nalice@@\n")
+    services.clock.now += 2
+    assert ends(ask(plugin, "dave@example.test"), "dave@example.test") == ["dave@example.test"]
+    assert services.log.errors
+    file.unlink()
+    services.clock.now += 2
+    assert ends(ask(plugin, "dave@example.test"), "dave@example.test") == ["dave@example.test"]
+
+
+def test_bad_files_stop_the_start(tmp_path: Any) -> None:
+    with pytest.raises(OSError):
+        make(mailboxes_file=str(tmp_path / "missing"))
+    for text in ("a: |program\n", 'a: "|program with blanks"\n', "a: /var/file\n", "a b\n", "a:\n", " a: b\n", "a: b@@c\n"):
+        with pytest.raises(ValueError, match="aliases:1"):
+            aliases(tmp_path, text)
+
+
+def test_alias_syntax(tmp_path: Any) -> None:
+    (tmp_path / "list").write_text("# people\ncarol@x.test\ndave@x.test, erin@x.test\n")
+    found = parse_aliases('a: b\nA: c\n"with blank": d\ne: :include:list\n', "aliases", tmp_path)
+    assert found == {"a": ["b", "c"], "with blank": ["d"], "e": ["carol@x.test", "dave@x.test", "erin@x.test"]}
+
+
+def test_include_of_itself_ends(tmp_path: Any) -> None:
+    (tmp_path / "list").write_text(":include:list\n")
+    with pytest.raises(ValueError, match="too deep"):
+        parse_aliases("a: :include:list\n", "aliases", tmp_path)
+
+
+def test_mailboxes_syntax() -> None:
+    assert parse_mailboxes("\n# none\nAlice@Example.test  rest\nbob\n", "f") == {"alice@example.test", "bob"}
