@@ -359,6 +359,13 @@ def _zero(value: Any) -> Any:
     return 0 if value == "auto" else value
 
 
+def _rate(value: str | None) -> str | None:
+    """A number of deliveries a second, minute or hour."""
+    if value and (re.fullmatch(r"\d+(\.\d+)?\s*(/\s*[smh])?", value.strip()) is None or not value.strip("0./smh \t")):
+        raise ValueError("a rate such as 10/s, 600/m or 1000/h")
+    return value
+
+
 def _user(value: str | None, info: ValidationInfo) -> str | None:
     """An account of this machine."""
     if value and (info.context or {}).get("look", True):
@@ -478,8 +485,7 @@ class TransportSection(BaseModel):
 
     type: str = Field(min_length=1)
     concurrency: int | None = Field(None, ge=1, description="deliveries at a time to one next hop")
-    rate: str | None = Field(None, pattern=r"^\s*\d+(\.\d+)?\s*/\s*\d*\s*(s|m|h|d)\w*\s*$",
-                             description="such as 10/s or 600/m")
+    rate: Annotated[str | None, AfterValidator(_rate)] = Field(None, description="such as 10/s, 600/m or 1000/h")
 
 
 _CORE: dict[str, type[CoreSection]] = {

@@ -1,109 +1,97 @@
-"""Every hook of gmta with its docstring: the index of what can be extended, and the types a plugin is written with.
+"""Every hook a plugin may have, and the values that only hooks and transports exchange.
 
-The verb in a hook's name fixes what its return value means: check_ may object, permit_ must be granted, get_ contributes,
-edit_ rewrites, on_ observes. An implementation may take fewer parameters than the specification, never others.
-gmta.plugins runs the calls: each has its own deadline, and what raises, hangs or returns nonsense never lets mail through.
+The verb in a hook's name is its kind, and the kind fixes what a return value means and what a failure does:
+
+- check_ may object: None, or reject, defer, disconnect. In order, the first verdict wins. Failure: 451 4.3.0.
+- permit_ must be granted: None, accept, reject or defer. The first answer decides; none is a refusal. Failure: 451 4.3.0.
+- get_ contributes a value or None. All run. Failure: the value is dropped.
+- edit_ rewrites: a new Message or None; each sees what the one before made. Failure: 451 4.3.0.
+- on_ observes, returns nothing. Failure: logged.
+
+A failure is an exception, running past the plugin's `timeout`, or a value of another type than stated; it is logged with
+the plugin's name. Where the plugin's section says `on_error = ignore` a failing call counts as None. A hook may take fewer
+parameters than stated, by name. Calls are made by gmta/plugins.py; this module leaves everything but the contract to it.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import pluggy
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from gmta.config import Duration
 from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import Message
-from gmta.mail.reply import Reply
 from gmta.mail.session import Recipient, Session, Transaction
 from gmta.mail.verdict import Outcome, Verdict
+
+if TYPE_CHECKING:
+    from gmta.config import Config
+    from gmta.mail.reply import Reply
 
 PROJECT = "gmta"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-_TIMES = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZES = {"": 1, "B": 1, "KB": 1024, "MB": 1024**2, "GB": 1024**3}
-_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])\Z")
-_SIZE = re.compile(r"(\d+)\s*([KMG]?B)?\Z", re.I)
-
-
-def parse_duration(text: Any) -> float:
-    """Seconds of "90s", "5m", "1h", "2d"; numbers pass as seconds; raises ValueError."""
-    if isinstance(text, (int, float)):
-        return float(text)
-    match = _TIME.match(str(text).strip())
-    if match is None:
-        raise ValueError("a time like 30s, 5m, 2h or 1d")
-    return float(match[1]) * _TIMES[match[2]]
-
-
-def parse_size(text: Any) -> int:
-    """Octets of "35MB", "64KB", "1000"; numbers pass; KB is 1,024; raises ValueError."""
-    if isinstance(text, int):
-        return text
-    match = _SIZE.match(str(text).strip())
-    if match is None:
-        raise ValueError("a size like 500, 64KB, 35MB or 1GB")
-    return int(match[1]) * _SIZES[(match[2] or "").upper()]
-
-
-Duration = Annotated[float, BeforeValidator(parse_duration)]
-Size = Annotated[int, BeforeValidator(parse_size)]
-
 
 class PluginConfig(BaseModel):
-    """Base of a plugin's `Config`: the keys every [plugin:NAME] section has. Unknown keys are errors."""
+    """The keys that every [plugin:NAME] section has; a plugin's `class Config(PluginConfig)` adds its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, str_strip_whitespace=True)
 
-    timeout: Duration = 30.0
-    on_error: Literal["defer", "ignore"] = "defer"
+    timeout: Duration = Field("30s", description="deadline of one call; 0: none")  # type: ignore[assignment]
+    on_error: Literal["defer", "ignore"] = Field("defer", description="what a failing call does to the mail at hand")
 
 
+@dataclass(slots=True)
+class Credentials:
+    """What a client offers to permit_auth: mechanism ("PLAIN", "LOGIN"), user name, secret; authzid or ""."""
+
+    mechanism: str
+    user: str
+    secret: str
+    authzid: str = ""
+
+    def __repr__(self) -> str:
+        return f"Credentials({self.mechanism}, {self.user!r})"  # the secret stays out of logs and tracebacks
+
+
+@dataclass(slots=True)
 class Delivery:
-    """What a transport is handed: some recipients of one message that share transport and next hop.
+    """What a transport is to deliver: one message to recipients that share transport and next hop.
 
-    first_attempt: True where none of them was tried before, so nothing can have been delivered yet.
+    first_attempt: False where an earlier attempt may have gone through unrecorded.
     """
 
-    __slots__ = ("envelope", "first_attempt", "message", "next_hop", "recipients", "transport")
-
-    def __init__(self, envelope: Envelope, recipients: list[RecipientState], message: Message, transport: str,
-                 next_hop: str, first_attempt: bool) -> None:
-        self.envelope = envelope
-        self.recipients = recipients
-        self.message = message
-        self.transport = transport
-        self.next_hop = next_hop
-        self.first_attempt = first_attempt
+    envelope: Envelope
+    recipients: list[RecipientState]
+    message: Message
+    transport: str
+    next_hop: str = ""
+    first_attempt: bool = True
 
 
 class Transport(Protocol):
-    """Delivers. `concurrency` is how many deliveries of one lane may be in flight at once."""
+    """What delivers. Optional: `next_hop(address) -> str`, the lane's key (without it one lane a transport), and `close()`."""
 
     concurrency: int
 
     def deliver(self, delivery: Delivery) -> dict[int, Outcome]:
-        """Outcomes keyed by RecipientState.number; one left out, or an exception, means deferred. The message is not kept."""
+        """Outcome by RecipientState.number; one left out, or an exception, means deferred. Must not keep the message."""
 
 
-class Credentials:
-    """What AUTH brought: mechanism ("PLAIN"), authorization identity, user name, secret (password or token)."""
+class TransportFactory(Protocol):
+    """A value of get_transports: the class of a transport. Config: pydantic model of its [transport:NAME] keys."""
 
-    __slots__ = ("authorization", "mechanism", "secret", "user")
+    Config: ClassVar[type[BaseModel]]
 
-    def __init__(self, mechanism: str, user: str, secret: str, authorization: str = "") -> None:
-        self.mechanism = mechanism
-        self.user = user
-        self.secret = secret
-        self.authorization = authorization
-
-    def __repr__(self) -> str:
-        return f"Credentials({self.mechanism}, {self.user!r})"  # never the secret
+    def __call__(self, name: str, config: Any, services: Any) -> Transport:
+        """Makes the transport of one section; raises ConfigError or ValueError where its keys don't fit."""
 
 
 class HookSpecs:
@@ -111,99 +99,126 @@ class HookSpecs:
 
     @hookspec
     def on_worker_started(self, worker: Any) -> None:
-        """Observes. When: once a worker process serves. worker: the Worker. On failure: logged."""
+        """After a worker has its listeners, store and plugins, before the first connection.
+
+        worker: the running worker.  Failure: logged.
+        """
 
     @hookspec
     def on_worker_stopping(self, worker: Any) -> None:
-        """Observes. When: a worker begins to drain. On failure: logged."""
-
-    @hookspec
-    def check_connect(self, session: Session) -> Verdict | None:
-        """May object. When: before the banner. Returns None or reject/defer/disconnect; the reply takes the place of the
-        220 (554 or 421, RFC 5321 section 3.1). On failure: 451 4.3.0."""
-
-    @hookspec
-    def check_helo(self, session: Session) -> Verdict | None:
-        """May object. When: after EHLO or HELO; session.helo and session.esmtp are set. On failure: 451 4.3.0."""
-
-    @hookspec
-    def permit_auth(self, session: Session, credentials: Credentials) -> Verdict | None:
-        """Must be granted. When: AUTH brought credentials. Returns accept(), reject(...) or None (not mine); the first that is
-        not None decides, nobody: 535 5.7.8. On failure: 454 4.7.0 (RFC 4954 section 6)."""
-
-    @hookspec
-    def get_size_limit(self, session: Session) -> int | None:
-        """Contributes octets; the smallest wins. When: before EHLO is answered; advertised, checked at MAIL SIZE= (RFC 1870) and
-        enforced while the message streams in. On failure: dropped and logged."""
-
-    @hookspec
-    def check_mail(self, session: Session, transaction: Transaction) -> Verdict | None:
-        """May object. When: after MAIL; transaction.sender and its parameters are set. On failure: 451 4.3.0."""
-
-    @hookspec
-    def permit_rcpt(self, session: Session, transaction: Transaction, recipient: Recipient) -> Verdict | None:
-        """Must be granted. When: each RCPT. Returns accept(), accept(transport=NAME), accept(replace=[Address, …]) for aliases
-        (the whole chain resolved), reject/defer, or None (not mine). Nobody: 550 5.7.1. On failure: 451 4.3.0."""
-
-    @hookspec
-    def check_rcpt(self, session: Session, transaction: Transaction, recipient: Recipient) -> Verdict | None:
-        """May object. When: after a recipient is permitted (greylist, quota, limits). On failure: 451 4.3.0."""
-
-    @hookspec
-    def check_data(self, session: Session, transaction: Transaction) -> Verdict | None:
-        """May object. When: after DATA, before 354. On failure: 451 4.3.0."""
-
-    @hookspec
-    def check_message(self, session: Session, transaction: Transaction, message: Message) -> Verdict | dict[Recipient, Verdict] | None:
-        """May object. When: after the final dot; may add AuthResult and tags. Returns None, a Verdict for the message, or Verdicts
-        by recipient. On failure: 451 4.3.0."""
-
-    @hookspec
-    def edit_message(self, session: Session, transaction: Transaction, message: Message) -> Message | None:
-        """Rewrites. When: after check_message. Returns a new Message or None; each sees the former's result. On failure: 451 4.3.0."""
-
-    @hookspec
-    def get_headers(self, session: Session, transaction: Transaction, message: Message) -> list[tuple[str, str]] | None:
-        """Contributes [(name, value)], placed under Received. When: after edit_message. On failure: dropped and logged."""
-
-    @hookspec
-    def get_signatures(self, session: Session, transaction: Transaction, message: Message) -> list[tuple[str, str]] | None:
-        """Contributes [(name, value)], placed on top. When: last, over the final header. On failure: 451 4.3.0."""
-
-    @hookspec
-    def get_transports(self, config: Any) -> dict[str, Any] | None:
-        """Contributes {type: factory}; factory(name, config, services) makes a Transport and factory.Config is its pydantic model.
-        When: at start. On failure: gmta refuses to start."""
-
-    @hookspec
-    def get_route(self, envelope: Envelope, recipient: RecipientState) -> str | None:
-        """Contributes the name of a transport; the first that is not None wins, nobody: the [route] table. When: before every
-        attempt. On failure: dropped and logged."""
+        """When a worker takes no more connections, before it ends.  worker: as above.  Failure: logged."""
 
     @hookspec
     def on_session_opened(self, session: Session) -> None:
-        """Observes. When: a connection is accepted. On failure: logged."""
+        """A connection was taken.  Failure: logged."""
 
     @hookspec
-    def on_session_closed(self, session: Session, reason: str) -> None:
-        """Observes. When: it is over; reason "quit", "timeout", "lost", "refused", … On failure: logged."""
+    def check_connect(self, session: Session) -> Verdict | None:
+        """Before the banner: addresses are known, nothing was said.
+
+        A reject or defer (554 or 421 suit) stands in place of the banner and closes (RFC 5321 section 3.1).
+        Failure: 451 4.3.0.
+        """
+
+    @hookspec
+    def check_helo(self, session: Session) -> Verdict | None:
+        """At EHLO or HELO: session.helo and session.esmtp are set.  A verdict is the command's answer.  Failure: 451 4.3.0."""
+
+    @hookspec
+    def permit_auth(self, session: Session, credentials: Credentials) -> Verdict | None:
+        """At AUTH, when the exchange is complete.
+
+        credentials: mechanism, user, secret.  accept(): the session's user is credentials.user.  None: the user is not
+        known here.  Nobody answers: 535 5.7.8.  Failure: 454 4.7.0.
+        """
+
+    @hookspec
+    def get_size_limit(self, session: Session) -> int | None:
+        """At EHLO and again at MAIL: the most octets a message may have.
+
+        The least of all and of [limits] message_size is advertised, checked against SIZE= and enforced: 552 5.3.4.
+        Failure: dropped.
+        """
+
+    @hookspec
+    def check_mail(self, session: Session, transaction: Transaction) -> Verdict | None:
+        """At MAIL: sender and parameters are known; there are no recipients.  Failure: 451 4.3.0."""
+
+    @hookspec
+    def permit_rcpt(self, session: Session, transaction: Transaction, recipient: Recipient) -> Verdict | None:
+        """At RCPT: may this recipient have mail from this client?
+
+        accept(); accept(transport=NAME) names the [transport:NAME] that delivers; accept(replace=[Address, …]) puts
+        others in its place (aliases, resolved to their end).  Nobody answers: 550 5.7.1.  Failure: 451 4.3.0.
+        """
+
+    @hookspec
+    def check_rcpt(self, session: Session, transaction: Transaction, recipient: Recipient) -> Verdict | None:
+        """At RCPT, after the recipient is permitted: greylisting, quota, limits.  Failure: 451 4.3.0."""
+
+    @hookspec
+    def check_data(self, session: Session, transaction: Transaction) -> Verdict | None:
+        """At DATA or the first BDAT, before 354: all recipients are known.  Failure: 451 4.3.0."""
+
+    @hookspec
+    def check_message(self, session: Session, transaction: Transaction,
+                      message: Message) -> Verdict | dict[Recipient, Verdict] | None:
+        """After the final dot.
+
+        May add AuthResults and tags to the transaction.  A Verdict is about the message; {recipient: Verdict} about some
+        recipients, and the next plugins are still asked.  Failure: 451 4.3.0.
+        """
+
+    @hookspec
+    def edit_message(self, session: Session, transaction: Transaction, message: Message) -> Message | None:
+        """After every check: a new Message takes the old one's place.  Failure: 451 4.3.0."""
+
+    @hookspec
+    def get_headers(self, session: Session, transaction: Transaction,
+                    message: Message) -> Sequence[tuple[str, str]] | None:
+        """Fields (name, value) to be placed under Received; gmta's own mail passes here too.  Failure: dropped."""
+
+    @hookspec
+    def get_signatures(self, session: Session, transaction: Transaction,
+                       message: Message) -> Sequence[tuple[str, str]] | None:
+        """Last: fields (name, value) on top of the final header section; gmta's own mail passes here too.
+
+        Failure: 451 4.3.0, since mail must not go out unsigned by accident.
+        """
 
     @hookspec
     def on_refused(self, session: Session, transaction: Transaction | None, stage: str, reply: Reply) -> None:
-        """Observes. When: a command or message is refused; stage "connect", "helo", "mail", "rcpt", "data", "message". On failure: logged."""
+        """The client was refused.  stage: connect, helo, auth, mail, rcpt, data or message.  Failure: logged."""
+
+    @hookspec
+    def on_session_closed(self, session: Session, reason: str) -> None:
+        """A connection is over.  reason: what the log says.  Failure: logged."""
+
+    @hookspec
+    def get_transports(self, config: Config) -> dict[str, TransportFactory] | None:
+        """At the start: {word for `type` in [transport:…]: Transport class}.  Failure: gmta doesn't start."""
 
     @hookspec
     def on_queued(self, envelope: Envelope) -> None:
-        """Observes. When: the message is durable, before the 250. On failure: logged."""
+        """A message is in the queue, synced.  Failure: logged."""
+
+    @hookspec
+    def get_route(self, envelope: Envelope, recipient: RecipientState) -> str | None:
+        """At every attempt: the transport's name, or fail, hold, discard.
+
+        The first answer wins; nobody answers: the [route] table.  Failure: dropped.
+        """
 
     @hookspec
     def on_delivery(self, envelope: Envelope, recipient: RecipientState, outcome: Outcome, elapsed_s: float) -> None:
-        """Observes. When: an attempt is over for a recipient. On failure: logged."""
+        """An attempt has an outcome, which is recorded.  elapsed_s: seconds the attempt took.  Failure: logged."""
 
     @hookspec
-    def on_bounced(self, envelope: Envelope, recipients: list[RecipientState]) -> None:
-        """Observes. When: recipients have failed for good. On failure: logged."""
+    def on_bounced(self, envelope: Envelope, recipients: Sequence[RecipientState]) -> None:
+        """Recipients were given up; a report goes to the sender where there is one to tell.  Failure: logged."""
 
 
-__all__ = ["Address", "Credentials", "Delivery", "Duration", "HookSpecs", "PluginConfig", "Size", "Transport", "hookimpl",
-           "hookspec", "parse_duration", "parse_size"]
+HOOKS = tuple(name for name in vars(HookSpecs) if not name.startswith("_"))
+
+__all__ = ["HOOKS", "PROJECT", "Address", "Credentials", "Delivery", "HookSpecs", "PluginConfig", "Transport", "TransportFactory",
+           "hookimpl", "hookspec"]

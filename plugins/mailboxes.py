@@ -23,7 +23,7 @@ import re
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from gmta import PluginConfig, Verdict, accept, hookimpl, reject
 from gmta.config import Path
@@ -44,7 +44,7 @@ class Config(PluginConfig):
     """Keys of [plugin:mailboxes]."""
 
     accept: Literal["listed", "any"] = "listed"
-    mailboxes: list[str] = []
+    mailboxes: list[str] = Field(default=[], description="names, with or without @domain")
     mailboxes_file: Path = ""
     aliases_file: Path = ""
     detail_separator: str = "+"
@@ -183,10 +183,9 @@ class Plugin:
     def __init__(self, config: Config, services: Any) -> None:
         self._config = config
         self._services = services
-        local = services.config.domains.local
-        self._domains = frozenset(domain_key(domain) for domain in local)
-        order = list(local) if isinstance(local, (list, tuple, dict)) else sorted(local)
-        self._first = domain_key(order[0]) if order else ""
+        self._domains = frozenset(domain_key(domain) for domain in services.config.domains.local)
+        named = services.config.sections.get("domains", {}).get("local", "").replace(",", " ").split()
+        self._first = domain_key(named[0]) if named else ""  # the set of [domains] has no first
         self._listed = frozenset(_key_of(name) for name in config.mailboxes)
         self._from_file: set[str] = set()
         self._aliases: dict[str, list[str]] = {}
@@ -212,7 +211,7 @@ class Plugin:
         self._refresh()
         try:
             found: dict[str, Address] = {}
-            self._resolve(address, (), found)
+            self._resolve(address, (), found, set())
         except Refused as refused:
             if address.mailbox.lower() != "postmaster":
                 return refused.verdict
@@ -222,8 +221,8 @@ class Plugin:
             return accept()
         return accept(replace=final)
 
-    def _resolve(self, address: Address, path: tuple[str, ...], found: dict[str, Address]) -> None:
-        """Adds to `found` where `address` ends; raises Refused."""
+    def _resolve(self, address: Address, path: tuple[str, ...], found: dict[str, Address], done: set[str]) -> None:
+        """Adds to `found` where `address` ends; raises Refused. path: aliases above it; done: aliases dealt with."""
         if address.host not in self._domains:
             found.setdefault(_key(address), address)
             return
@@ -243,17 +242,21 @@ class Plugin:
                 if path and path[-1] == self_key:
                     self._end(Address.make(name, address.domain), found)
                     return
+                if self_key in done:  # aliases that name one another twice would double the work at every level
+                    return
                 for target in targets:
-                    self._resolve(self._address(target, address.domain), (*path, self_key), found)
+                    self._resolve(self._address(target, address.domain), (*path, self_key), found, done)
                     if len(found) > MAX_TARGETS:
                         raise Refused(reject("The alias has too many targets", 550, "5.3.5"))
+                done.add(self_key)
                 return
             if self._is_listed(name, address.host):
                 found.setdefault(f"{name.lower()}@{address.host}", Address.make(name.lower(), address.host))
                 return
-        self._unlisted(address, user, path, found)
+        self._unlisted(address, user, path, found, done)
 
-    def _unlisted(self, address: Address, user: str, path: tuple[str, ...], found: dict[str, Address]) -> None:
+    def _unlisted(self, address: Address, user: str, path: tuple[str, ...], found: dict[str, Address],
+                  done: set[str]) -> None:
         """The end for a name that neither list nor alias holds."""
         if user.lower() == "postmaster":  # RFC 5321 section 4.5.1
             found.setdefault(f"postmaster@{address.host}", Address("postmaster", address.host))
@@ -261,7 +264,7 @@ class Plugin:
         if _UNSAFE.search(address.mailbox):
             raise Refused(reject("Recipient address is not allowed", 550, "5.1.3"))
         if self._catch_all is not None and _key(self._catch_all) not in path and _key(self._catch_all) != _key(address):
-            self._resolve(self._catch_all, (*path, _key(address)), found)
+            self._resolve(self._catch_all, (*path, _key(address)), found, done)
             return
         catches = self._catch_all is not None and _key(self._catch_all) == _key(address)
         if self._config.accept == "any" or catches:

@@ -59,8 +59,7 @@ class Maildir:
     def __init__(self, name: str, config: Config, services: Any) -> None:
         self.name = name
         self._services = services
-        base = getattr(services.config, "directory", "")  # relative paths are relative to the configuration file
-        self._path = os.path.join(base, config.path) if base else config.path
+        self._path = os.path.join(services.config.base, config.path)  # relative to the configuration file
         self._separator = config.detail_separator
         try:
             self._path.format(local="", domain="", user="", detail="")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import socket as plain_socket
 import ssl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from gmta.mail.message import Message
 from gmta.mail.reply import Reply
 from gmta.mail.verdict import Outcome, Status, deferred, failed, outcome_of
 from gmta.smtp.client import ClientProtocol
+from gmta.smtp.data import Stuffer
 from gmta.smtp.lines import ProtocolError
 
 SLOWEST = 8192  # octets a second that the data phase may sink to past its timeout
@@ -268,15 +269,16 @@ class SmtpClient:
         """The octets, dot-stuffed (RFC 5321 section 4.5.2), in few writes."""
         timeout_s = self.settings.data_timeout + message.size / SLOWEST
         pending = bytearray()
+        stuffer = Stuffer()
         with self._deadline(timeout_s, "sending the message"):
             try:
-                for piece in stuffed(message.chunks()):
-                    pending += piece
+                for piece in message.chunks():
+                    pending += stuffer.feed(piece)
                     if len(pending) >= _SMALL:
                         self._socket.sendall(pending)
                         pending.clear()
-                if pending:
-                    self._socket.sendall(pending)
+                pending += stuffer.finish()
+                self._socket.sendall(pending)
             except (OSError, ssl.SSLError) as error:
                 raise self._lost(f"Connection to {self.remote} lost while sending: {error}"[:300], "4.4.2", lane=False) from error
 
@@ -451,18 +453,6 @@ class Pool:
             for client in clients:
                 client.quit()
         self._idle.clear()
-
-
-def stuffed(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The message's pieces with leading dots doubled, and the end of data behind them (RFC 5321 section 4.5.2)."""
-    tail = b"\r\n"  # the last octets before the piece: a message starts at a line's start
-    for piece in chunks:
-        if not piece:
-            continue
-        joined = (tail + piece).replace(b"\r\n.", b"\r\n..")
-        yield joined[len(tail):]
-        tail = (tail + piece)[-2:]
-    yield b".\r\n" if tail == b"\r\n" else b"\r\n.\r\n"
 
 
 def green_context() -> ssl.SSLContext:

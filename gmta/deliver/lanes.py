@@ -9,6 +9,7 @@ connections of the lane still succeed, its concurrency shrinks instead. An excep
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
@@ -194,10 +195,9 @@ class Lanes:
     def _settings(self, name: str) -> tuple[int, float]:
         """(concurrency, seconds between jobs) of a transport: its section's keys, else its own default."""
         section = self._config.transports.get(name) or {}
-        get = section.get if isinstance(section, dict) else lambda key: getattr(section, key, None)
         transport = self._transports.get(name)
-        concurrency = int(get("concurrency") or getattr(transport, "concurrency", 0) or DEFAULT_CONCURRENCY)
-        return max(1, concurrency), rate_gap(get("rate"))
+        concurrency = int(section.get("concurrency") or getattr(transport, "concurrency", 0) or DEFAULT_CONCURRENCY)
+        return max(1, concurrency), rate_gap(section.get("rate"))
 
     def busy(self, backlog: int) -> list[str]:
         """Keys ("transport:next_hop") of lanes that should get nothing more: `backlog` jobs wait, or closed."""
@@ -228,12 +228,15 @@ class Lanes:
         gevent.killall([worker for worker in workers if not worker.dead], timeout=2)
 
 
-def rate_gap(rate: Any) -> float:
-    """Seconds between jobs for `10`, `10/s`, `600/m` or `1000/h`; 0 for none. Raises ValueError."""
-    if rate in (None, "", 0):
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d*)\s*([smhd])\w*\s*\Z")
+_UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def rate_gap(rate: str | None) -> float:
+    """Seconds between jobs for a rate such as 10/s, 600/m or 20/5m; 0 for none. Raises ValueError."""
+    if not rate:
         return 0.0
-    count, _, unit = str(rate).partition("/")
-    seconds = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}.get(unit.strip())
-    if seconds is None or float(count) <= 0:
-        raise ValueError(f"rate {rate!r}: expected a number a second, like 10/s, 600/m, 1000/h")
-    return seconds / float(count)
+    match = _RATE.match(rate)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"rate {rate!r}: expected a number a time, like 10/s or 600/m")
+    return int(match[2] or 1) * _UNIT_S[match[3]] / float(match[1])

@@ -318,7 +318,8 @@ class Scheduler:
                 status = self._defer(envelope, recipient, outcome, now, late)
             if status is Status.DELIVERED:
                 recipient.status = DELIVERED
-                if "SUCCESS" in recipient.notify:
+                # RFC 3461 section 5.2.2: a next hop that took over and knows DSN reports success itself
+                if "SUCCESS" in recipient.notify and (outcome.relayed or not outcome.remote):
                     arrived.append((recipient, outcome))
             elif status is Status.FAILED:
                 recipient.status = FAILED

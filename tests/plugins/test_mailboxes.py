@@ -33,7 +33,8 @@ class Log:
 
 
 def make(**keys: Any) -> tuple[mailboxes.Plugin, Any]:
-    services = SimpleNamespace(config=SimpleNamespace(domains=SimpleNamespace(local=LOCAL)), clock=Clock(), log=Log())
+    config = SimpleNamespace(domains=SimpleNamespace(local=frozenset(LOCAL)), sections={"domains": {"local": ", ".join(LOCAL)}})
+    services = SimpleNamespace(config=config, clock=Clock(), log=Log())
     return mailboxes.Plugin(mailboxes.Config(**keys), services), services
 
 

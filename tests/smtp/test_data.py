@@ -1,0 +1,68 @@
+"""The data scanner against a naive one, exhaustively, and dot-stuffing there and back (RFC 5321 section 4.5.2)."""
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gmta.smtp.data import DataScanner, Stuffer, stuff, unstuff
+
+ALPHABET = (b"\r", b"\n", b".", b"a")
+
+
+def naive(wire: bytes):
+    """(message, rest) by the words of the RFC, or None without an end."""
+    whole = b"\r\n" + wire
+    end = whole.find(b"\r\n.\r\n")
+    if end < 0:
+        return None
+    return whole[: end + 2].replace(b"\r\n.", b"\r\n")[2:], whole[end + 5 :]
+
+
+def scan(pieces):
+    scanner = DataScanner()
+    out = b""
+    pieces = list(pieces)
+    for number, piece in enumerate(pieces):
+        out += scanner.feed(piece)
+        if scanner.ended:
+            return out, scanner.rest + b"".join(pieces[number + 1 :]), scanner
+    return None, None, scanner
+
+
+def test_exhaustive_against_naive():
+    for length in range(7):
+        for letters in itertools.product(ALPHABET, repeat=length):
+            wire = b"".join(letters) + b"\r\n.\r\nREST"
+            expected = naive(wire)
+            assert scan([wire])[:2] == expected, wire
+            for cut in range(1, len(wire) - 4):
+                assert scan([wire[:cut], wire[cut:]])[:2] == expected, (wire, cut)
+            assert scan(bytes([octet]) for octet in wire)[:2] == expected, wire
+
+
+def test_without_an_end_nothing_ends():
+    for length in range(7):
+        for letters in itertools.product(ALPHABET, repeat=length):
+            wire = b"".join(letters)
+            if naive(wire) is None:
+                assert scan([wire])[0] is None, wire
+
+
+@given(st.binary(max_size=60).map(lambda raw: raw + b"\r\n"))
+def test_unstuff_undoes_stuff(message):
+    assert unstuff(stuff(message)) == message
+
+
+@given(st.lists(st.sampled_from([b"\r\n", b".", b"a", b"\r", b"\n", b"..", b"\r\n."]), max_size=12))
+def test_stuffing_in_pieces_is_stuffing_whole(pieces):
+    stuffer = Stuffer()
+    assert b"".join(map(stuffer.feed, pieces)) + stuffer.finish() == stuff(b"".join(pieces))
+
+
+def test_bare_newlines_and_nul_are_noticed_in_any_pieces():
+    for wire, bare, nul in ((b"a\nb\r\n.\r\n", True, False), (b"a\rb\r\n.\r\n", True, False), (b"a\0b\r\n.\r\n", False, True),
+                            (b"a\r\nb\r\n.\r\n", False, False)):
+        for pieces in ([wire], [bytes([octet]) for octet in wire]):
+            scanner = scan(pieces)[2]
+            assert (scanner.bare, scanner.nul) == (bare, nul), wire
