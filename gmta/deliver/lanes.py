@@ -220,7 +220,7 @@ class Lanes:
     def stop(self, timeout_s: float) -> None:
         """Lets running jobs end within timeout_s, then ends their workers; queued jobs stay unrun (their claims lapse)."""
         self.stopping = True
-        workers = []
+        workers: list[gevent.Greenlet] = []
         for lane in self._lanes.values():
             lane.dismiss()
             workers += lane.workers
