@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gmta.config import Duration, Size
     from gmta.hookspecs import Credentials, Delivery, PluginConfig, hookimpl
     from gmta.mail.address import Address
     from gmta.mail.envelope import Envelope, RecipientState
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "gmta.config": ("Duration", "Size"),
     "gmta.hookspecs": ("Credentials", "Delivery", "PluginConfig", "hookimpl"),
     "gmta.mail.address": ("Address",),
     "gmta.mail.envelope": ("Envelope", "RecipientState"),
@@ -32,8 +34,8 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Address", "AuthResult", "Credentials", "Delivery", "Envelope", "Message", "Outcome", "PluginConfig", "Recipient",
-    "RecipientState", "Reply", "Session", "Transaction", "Verdict", "__version__", "accept", "defer", "deferred", "delivered",
+    "Address", "AuthResult", "Credentials", "Delivery", "Duration", "Envelope", "Message", "Outcome", "PluginConfig", "Recipient",
+    "RecipientState", "Reply", "Session", "Size", "Transaction", "Verdict", "__version__", "accept", "defer", "deferred", "delivered",
     "disconnect", "failed", "hookimpl", "reject",
 ]
 

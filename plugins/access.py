@@ -1,8 +1,8 @@
 """Permits relaying to those who may: trusted sessions anywhere, strangers to the domains we are a backup MX for.
 
 Hook: permit_rcpt. A session is trusted when it has authenticated or comes from `[domains] relay_from`; `[domains]
-relay_to` names the domains (and `.domain` for all below one) that anyone may send to. Gives no refusal itself: what no
-plugin permits gets 550 5.7.1 from the core, so leaving this plugin out makes a server that relays nothing.
+relay_to` names the domains that anyone may send to. Gives no refusal itself: what no plugin permits gets 550 5.7.1 from
+the core, so leaving this plugin out makes a server that relays nothing.
 
 Local domains are none of its business, even for trusted sessions: an unknown local user is refused by `mailboxes`.
 No keys of its own. RFC 5321 section 7.9, RFC 6409 section 6.1.
@@ -27,8 +27,7 @@ class Plugin:
     def __init__(self, config: Config, services: Any) -> None:
         domains = services.config.domains
         self._local = frozenset(domain_key(domain) for domain in domains.local)
-        self._relay_to = frozenset(domain_key(domain) for domain in domains.relay_to if not domain.startswith("."))
-        self._relay_below = tuple("." + domain_key(domain[1:]) for domain in domains.relay_to if domain.startswith("."))
+        self._relay_to = frozenset(domain_key(domain) for domain in domains.relay_to)
 
     @hookimpl
     def permit_rcpt(self, session: Session, transaction: Transaction, recipient: Recipient) -> Verdict | None:
@@ -39,6 +38,6 @@ class Plugin:
         host = address.host
         if host in self._local:
             return None
-        if session.trusted or host in self._relay_to or (self._relay_below and host.endswith(self._relay_below)):
+        if session.trusted or host in self._relay_to:
             return accept()
         return None

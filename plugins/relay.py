@@ -20,8 +20,9 @@ import dns.resolver
 from pydantic import Field
 
 import gmta
-from gmta import Duration, PluginConfig, hookimpl
+from gmta import PluginConfig, hookimpl
 from gmta.deliver.client import ConnectionFailed, Pool, Settings, SmtpClient, TlsFailed, green_context
+from gmta.hookspecs import Duration
 from gmta.mail.address import Address, AddressError, literal_ip
 
 MAX_HOSTS = 10  # addresses tried in one attempt

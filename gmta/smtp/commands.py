@@ -1,192 +1,209 @@
-"""Command lines parsed to events: grammar and parameters, no order of commands, no policy.
+"""The grammar of commands: one function a verb, from the argument text to an event or the Reply that refuses it.
 
-Each parser takes the argument and returns the event or the Reply that refuses it; none raises for any input.
-RFC 5321 section 4.1, RFC 1870 (SIZE), RFC 6152 (BODY), RFC 6531 (SMTPUTF8), RFC 3461 (DSN), RFC 4954 (AUTH=), RFC 3030.
+RFC 5321 section 4.1.1; SIZE RFC 1870; 8BITMIME RFC 6152; BINARYMIME RFC 3030; SMTPUTF8 RFC 6531; DSN RFC 3461; AUTH RFC 4954.
+Refusals are raised as Refused, which the server turns into a Fault.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 
-from gmta.mail.address import AddressError, check_domain, parse_path
-from gmta.mail.reply import (
-    BAD_HELO,
-    BAD_RECIPIENT_SYNTAX,
-    BAD_SENDER_SYNTAX,
-    NEEDS_SMTPUTF8,
-    SIZE_EXCEEDED,
-    SYNTAX,
-    UNKNOWN_PARAMETER,
-    Reply,
-)
-from gmta.smtp.events import Hello, Mail, Rcpt
+from gmta.mail import reply as replies
+from gmta.mail.address import Address, AddressError, check_domain, parse_path
+from gmta.mail.reply import Reply
+from gmta.smtp.events import Auth, Hello, Mail, Rcpt
 
 _KEYWORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9\-]*\Z")
-_XTEXT_ESCAPE = re.compile(r"\+([0-9A-Fa-f]{2})")
-_XTEXT = re.compile(r"(?:[!-*,-~]|\+[0-9A-Fa-f]{2})*\Z")  # "=" within is tolerated: clients leave it as it is
-_ATOM = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-]+\Z")
-_CONTROL = re.compile("[\x00-\x1f\x7f\x80-\x9f\u2028\u2029]")
-_NUMBER = re.compile(r"[0-9]{1,20}\Z")  # RFC 1870 section 3
-_NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY", "NEVER"})
-_NONE: frozenset[str] = frozenset()
-
-MAX_ENVID = 100  # RFC 3461 section 4.4
-MAX_ORCPT = 500  # RFC 3461 section 4.2
+_XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*\Z")  # RFC 3461 section 4
+_HEX = re.compile(r"\+([0-9A-F]{2})")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
+_HELO = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_])?\.?\Z")  # "_" is no host name, but real clients say it
+MAX_SIZE_DIGITS = 20  # RFC 1870 section 3
 
 
-def xtext_decode(text: str) -> str:
-    """The text that xtext stands for (RFC 3461 section 4); raises ValueError, also where it hides a control character."""
+class Refused(Exception):
+    """The command is refused with `reply`."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(str(reply))
+        self.reply = reply
+
+
+def _syntax(text: str) -> Refused:
+    return Refused(Reply(501, "5.5.4", text))
+
+
+def decode_xtext(text: str, what: str) -> str:
+    """The text of an xtext (RFC 3461 section 4); raises Refused for bad ones and for control characters in the result."""
     if _XTEXT.match(text) is None:
-        raise ValueError("not xtext")
-    if "+" in text:
-        octets = _XTEXT_ESCAPE.sub(lambda found: chr(int(found[1], 16)), text).encode("latin-1")
-        text = octets.decode("utf-8")
-    if _CONTROL.search(text):
-        raise ValueError("control character in xtext")  # it would break lines in reports and headers
-    return text
+        raise _syntax(f"{what} is not xtext")
+    decoded = _HEX.sub(lambda match: chr(int(match[1], 16)), text)
+    if _CONTROL.search(decoded):  # would become a line of somebody's header or report
+        raise _syntax(f"{what} contains a control character")
+    return decoded
 
 
-def xtext_encode(text: str) -> str:
-    """`text` as xtext (RFC 3461 section 4)."""
+def encode_xtext(text: str) -> str:
+    """Text as xtext (RFC 3461 section 4); beyond ASCII as the octets of its UTF-8."""
     return "".join(chr(octet) if 33 <= octet <= 126 and octet not in b"+=" else f"+{octet:02X}" for octet in text.encode())
 
 
-def parse_hello(argument: str, *, esmtp: bool) -> Hello | Reply:
-    """EHLO and HELO: one domain or address literal (RFC 5321 section 4.1.1.1)."""
+def parse_hello(argument: str, *, esmtp: bool) -> Hello:
+    """EHLO or HELO (RFC 5321 section 4.1.1.1): a host name or an address literal."""
     name = argument.strip()
-    if not name or not name.isascii() or len(name) > 255 or (name[0] == "[" and name[-1] != "]"):
-        return BAD_HELO
-    try:
-        check_domain(name)
-    except ValueError:
-        return BAD_HELO
+    if not name.isascii():
+        raise Refused(replies.BAD_HELO)
+    if name.startswith("["):
+        try:
+            check_domain(name)
+        except AddressError as error:
+            raise Refused(replies.BAD_HELO) from error
+    elif len(name) > 255 or _HELO.match(name) is None:
+        raise Refused(replies.BAD_HELO)
     return Hello(name, esmtp)
 
 
-def _parameters(text: str) -> dict[str, str | None] | None:
-    """KEYWORD -> value (None without "="); None for text that is no parameter list (RFC 5321 section 4.1.2)."""
-    found: dict[str, str | None] = {}
+def _split(argument: str, keyword: str) -> str:
+    """What follows FROM: or TO:, blanks skipped (some clients send them)."""
+    if argument[:len(keyword)].upper() != keyword:
+        raise _syntax(f"{keyword}<address> expected")
+    return argument[len(keyword):].lstrip(" \t")
+
+
+def _parameters(text: str) -> list[tuple[str, str | None]]:
+    out: list[tuple[str, str | None]] = []
+    seen: set[str] = set()
     for word in text.split():
         keyword, equals, value = word.partition("=")
-        key = keyword.upper()
-        if _KEYWORD.match(keyword) is None or key in found:
-            return None
-        found[key] = value if equals else None
-    return found
+        keyword = keyword.upper()
+        if _KEYWORD.match(keyword) is None or not value.isascii():
+            raise Refused(replies.SYNTAX)
+        if keyword in seen:
+            raise _syntax(f"{keyword} is given twice")
+        seen.add(keyword)
+        out.append((keyword, value if equals else None))
+    return out
 
 
-def parse_mail(argument: str, *, size_limit: int, eightbitmime: bool, smtputf8: bool, dsn: bool) -> Mail | Reply:
+def parse_mail(argument: str, *, size_limit: int, smtputf8: bool, dsn: bool, esmtp: bool) -> Mail:
     """MAIL FROM:<path> parameters (RFC 5321 section 4.1.1.2)."""
-    if argument[:5].upper() != "FROM:":
-        return SYNTAX
+    text = _split(argument, "FROM:")
+    utf8 = False
+    path_end = text.rfind(">")
+    if smtputf8:
+        utf8 = any(word.upper() == "SMTPUTF8" for word in text[path_end + 1:].split())
     try:
-        # A blank behind the colon is no grammar, but old appliances send it.
-        sender, rest = parse_path(argument[5:].lstrip(" \t"), null=True, smtputf8=True)
-    except (AddressError, ValueError):
-        return BAD_SENDER_SYNTAX
-    ascii_path = sender.is_ascii
-    if not rest:
-        return Mail(sender, None, "7BIT", False, "", "", None) if ascii_path else NEEDS_SMTPUTF8
-    if _CONTROL.search(rest.replace("\t", " ")):
-        return SYNTAX
-    parameters = _parameters(rest)
-    if parameters is None:
-        return SYNTAX
+        sender, rest = parse_path(text, null=True, smtputf8=utf8)
+    except AddressError as error:
+        if error.smtputf8 and smtputf8:
+            raise Refused(replies.NEEDS_SMTPUTF8) from error  # RFC 6531 section 3.5
+        raise Refused(Reply(501, "5.1.7", f"Bad sender address: {error}")) from error
     size: int | None = None
-    body, utf8, ret, envid = "7BIT", False, "", ""
+    body, ret, envid = "7BIT", "", ""
     auth: str | None = None
-    for key, value in parameters.items():
-        if key == "SIZE" and value is not None:
-            if not value.isascii() or not value.isdigit():
-                return SYNTAX
-            if _NUMBER.match(value) is None:
-                return SIZE_EXCEEDED  # RFC 1870 section 3: at most 20 digits
+    for keyword, value in _parameters(rest) if rest else ():
+        if not esmtp:
+            raise Refused(replies.UNKNOWN_PARAMETER)  # RFC 5321 section 4.1.1.11: parameters only after EHLO
+        if keyword == "SIZE":
+            if value is None or not value.isdigit():
+                raise _syntax("SIZE needs a number")
+            if len(value) > MAX_SIZE_DIGITS or int(value) > size_limit > 0:
+                raise Refused(replies.SIZE_EXCEEDED)  # RFC 1870 section 6.1
             size = int(value)
-            if size_limit and size > size_limit:
-                return SIZE_EXCEEDED  # RFC 1870 section 6.1
-        elif key == "BODY" and eightbitmime:
-            body = (value or "").upper()
-            if body not in ("7BIT", "8BITMIME"):  # RFC 6152 section 3; BINARYMIME is not offered
-                return SYNTAX
-        elif key == "SMTPUTF8" and smtputf8:
-            if value is not None:  # RFC 6531 section 3.4
-                return SYNTAX
-            utf8 = True
-        elif key == "RET" and dsn:
-            ret = (value or "").upper()
-            if ret not in ("FULL", "HDRS"):  # RFC 3461 section 4.3
-                return SYNTAX
-        elif key == "ENVID" and dsn:
-            try:
-                envid = xtext_decode(value or "")
-            except ValueError:
-                return SYNTAX
-            if not envid or len(value or "") > MAX_ENVID:
-                return SYNTAX
-        elif key == "AUTH":
-            # RFC 4954 section 5; providers add AUTH=<> whatever is offered, and it grants nothing
-            try:
-                auth = "" if value == "<>" else xtext_decode(value or "")
-            except ValueError:
-                return SYNTAX
+        elif keyword == "BODY" and value and value.upper() in ("7BIT", "8BITMIME"):
+            body = value.upper()
+        elif keyword == "SMTPUTF8" and smtputf8:
+            if value is not None:
+                raise _syntax("SMTPUTF8 takes no value")  # RFC 6531 section 3.4
+        elif keyword == "RET" and dsn:
+            if not value or value.upper() not in ("FULL", "HDRS"):
+                raise _syntax("RET is FULL or HDRS")  # RFC 3461 section 4.3
+            ret = value.upper()
+        elif keyword == "ENVID" and dsn:
+            if not value or len(value) > 100:
+                raise _syntax("ENVID needs 1 to 100 octets")  # RFC 3461 section 4.4
+            envid = decode_xtext(value, "ENVID")
+        elif keyword == "AUTH":
             if not value:
-                return SYNTAX
-        elif key == "SIZE":
-            return SYNTAX
+                raise _syntax("AUTH needs a value")
+            auth = "" if value == "<>" else decode_xtext(value, "AUTH")  # RFC 4954 section 5
+        elif keyword == "BODY":
+            raise _syntax("BODY is 7BIT or 8BITMIME")
         else:
-            return UNKNOWN_PARAMETER  # RFC 5321 section 4.1.1.11
-    if not ascii_path and not utf8:
-        return NEEDS_SMTPUTF8
+            raise Refused(replies.UNKNOWN_PARAMETER)
     return Mail(sender, size, body, utf8, ret, envid, auth)
 
 
-def parse_rcpt(argument: str, *, smtputf8: bool, dsn: bool) -> Rcpt | Reply:
-    """RCPT TO:<path> parameters (RFC 5321 section 4.1.1.3); smtputf8: MAIL had that parameter."""
-    if argument[:3].upper() != "TO:":
-        return SYNTAX
+def parse_rcpt(argument: str, *, smtputf8: bool, smtputf8_offered: bool, dsn: bool, esmtp: bool) -> Rcpt:
+    """RCPT TO:<path> parameters (RFC 5321 section 4.1.1.3)."""
+    text = _split(argument, "TO:")
     try:
-        recipient, rest = parse_path(argument[3:].lstrip(" \t"), postmaster=True, smtputf8=smtputf8)
+        recipient, rest = parse_path(text, postmaster=True, smtputf8=smtputf8)
     except AddressError as error:
-        return NEEDS_SMTPUTF8 if error.smtputf8 else BAD_RECIPIENT_SYNTAX
-    except ValueError:
-        return BAD_RECIPIENT_SYNTAX
-    if not rest:
-        return Rcpt(recipient, _NONE, "")
-    if _CONTROL.search(rest.replace("\t", " ")):
-        return SYNTAX
-    parameters = _parameters(rest)
-    if parameters is None:
-        return SYNTAX
-    notify, orcpt = _NONE, ""
-    for key, value in parameters.items():
-        if key == "NOTIFY" and dsn:
+        if error.smtputf8 and smtputf8_offered:
+            raise Refused(replies.NEEDS_SMTPUTF8) from error
+        raise Refused(Reply(501, "5.1.3", f"Bad recipient address: {error}")) from error
+    notify: frozenset[str] = frozenset()
+    orcpt = ""
+    for keyword, value in _parameters(rest) if rest else ():
+        if keyword == "NOTIFY" and dsn and esmtp:
             notify = frozenset((value or "").upper().split(","))
-            if not notify <= _NOTIFY or ("NEVER" in notify and len(notify) > 1):  # RFC 3461 section 4.1
-                return SYNTAX
-        elif key == "ORCPT" and dsn:
+            if notify != {"NEVER"} and not (notify and notify <= _NOTIFY):
+                raise _syntax("NOTIFY is NEVER, or a list of SUCCESS, FAILURE, DELAY")  # RFC 3461 section 4.1
+        elif keyword == "ORCPT" and dsn and esmtp:
             kind, semicolon, address = (value or "").partition(";")
-            if not semicolon or _ATOM.match(kind) is None or not address or len(value or "") > MAX_ORCPT:
-                return SYNTAX
-            try:
-                # RFC 6533 section 3: utf-8 addresses may come as they are where SMTPUTF8 is in use
-                text = address if smtputf8 and not address.isascii() else xtext_decode(address)
-            except ValueError:
-                return SYNTAX
-            orcpt = f"{kind};{text}"
+            if not semicolon or not address or _KEYWORD.match(kind) is None or len(value or "") > 500:
+                raise _syntax("ORCPT is type;address")  # RFC 3461 section 4.2
+            orcpt = f"{kind};{decode_xtext(address, 'ORCPT')}"
         else:
-            return UNKNOWN_PARAMETER
+            raise Refused(replies.UNKNOWN_PARAMETER)
     return Rcpt(recipient, notify, orcpt)
 
 
-def parse_bdat(argument: str) -> tuple[int, bool, bool] | None:
-    """(octets, last, valid) of BDAT (RFC 3030 section 2); None without a count, so that no octets follow.
-
-    valid is False where a word other than LAST stands behind the count: refused, but its octets are on their way.
-    """
+def parse_bdat(argument: str) -> tuple[int, bool]:
+    """(octets, last) of BDAT (RFC 3030 section 2); a Refused with a `size` attribute tells how many octets follow all the same."""
     words = argument.split()
-    if not words or not words[0].isascii() or _NUMBER.match(words[0]) is None:
-        return None
+    if not words or not words[0].isdigit() or len(words[0]) > MAX_SIZE_DIGITS:
+        raise Refused(Reply(501, "5.5.4", "BDAT needs a chunk size"))
+    last = len(words) == 2 and words[1].upper() == "LAST"
+    if len(words) > 1 and not last:
+        raise BadChunk(Reply(501, "5.5.4", "Only LAST may follow the chunk size"), int(words[0]))
+    return int(words[0]), last
+
+
+class BadChunk(Refused):
+    """A BDAT refused for its syntax whose `octets` must be read and dropped."""
+
+    def __init__(self, reply: Reply, octets: int) -> None:
+        super().__init__(reply)
+        self.octets = octets
+
+
+def decode_base64(text: bytes) -> bytes:
+    """A SASL response (RFC 4954 section 4); raises Refused."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(replies.AUTH_SYNTAX) from error
+
+
+def parse_auth(argument: str, mechanisms: tuple[str, ...]) -> Auth:
+    """AUTH mechanism [initial-response] (RFC 4954 section 4); "=" is the empty response."""
+    words = argument.split()
+    if not words or len(words) > 2:
+        raise Refused(replies.SYNTAX)
+    mechanism = words[0].upper()
+    if mechanism not in mechanisms:
+        raise Refused(replies.AUTH_MECHANISM)
     if len(words) == 1:
-        return int(words[0]), False, True
-    last = words[1].upper() == "LAST"
-    return int(words[0]), last, last and len(words) == 2
+        return Auth(mechanism, None)
+    if words[1] == "=":
+        return Auth(mechanism, b"")
+    return Auth(mechanism, decode_base64(words[1].encode("ascii", "replace")))
+
+
+__all__ = ["Address", "BadChunk", "Refused", "decode_base64", "decode_xtext", "encode_xtext", "parse_auth", "parse_bdat",
+           "parse_hello", "parse_mail", "parse_rcpt"]

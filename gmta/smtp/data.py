@@ -1,175 +1,137 @@
-r"""The text after DATA: its end, its dots, and the shapes it must not have; used by both sides.
+"""Message data on the wire: the scanner that finds CRLF.CRLF and undoes dots, and the stuffing that does them.
 
-Only CRLF . CRLF ends it, so that a bare LF or CR never does (the smuggling attack); a message with one is told
-apart by `bare`. DataScanner takes any chunking and gives the same octets and flags for each. Nothing here raises.
-RFC 5321 section 2.3.8, 4.1.1.4 and 4.5.2.
+Server and client share it. Only CRLF.CRLF ends the data (RFC 5321 section 4.1.1.4, 4.5.2); bare CR, bare LF and NUL are
+noticed and read on over, so that what hides behind them is never taken for commands. Nothing here raises on any input.
 """
 
 from __future__ import annotations
 
-import re
-
-END = b"\r\n.\r\n"
-MAX_LINE = 65536  # octets of a text line; longer ones are refused, never split
-MAX_HEADER = 1024 * 1024
-MAX_FIELDS = 2000
-_SMALL = 3 * MAX_FIELDS  # a message below this can't break a header bound
-
-_NEWLINE = re.compile(rb"\r\n|\r|\n")
-
-
-class HeaderMeter:
-    """Counts octets and fields of the header section as it streams by; `over` once a bound is passed."""
-
-    __slots__ = ("_tail", "done", "fields", "max_fields", "max_size", "over", "size")
-
-    def __init__(self, max_size: int = MAX_HEADER, max_fields: int = MAX_FIELDS) -> None:
-        self.max_size = max_size
-        self.max_fields = max_fields
-        self.size = 0
-        self.fields = 0
-        self.done = False
-        self.over = False
-        self._tail = b"\r\n"  # the start counts as the start of a line
-
-    def feed(self, data: bytes) -> None:
-        """Takes the next octets of the message."""
-        if self.done:
-            return
-        tail = self._tail
-        text = tail + data
-        end = text.find(b"\r\n\r\n")
-        if end >= 0:
-            self.done = True
-            text = text[:end + 2]
-        self.size += max(len(text) - len(tail), 0)
-        seen = text[len(tail) - 1:] if len(text) >= len(tail) else b""
-        # A field starts behind each LF that no blank follows (RFC 5322 section 2.2.3)
-        self.fields += seen.count(b"\n") - seen.endswith(b"\n") - seen.count(b"\n ") - seen.count(b"\n\t")
-        self._tail = text[-3:]
-        if self.size > self.max_size or self.fields > self.max_fields:
-            self.over = True
-            self.done = True
+_DOT = b"\r\n."
 
 
 class DataScanner:
-    """One message's text. feed() gives the unstuffed octets; `ended` with `rest` behind the end.
+    """Reads message data in any pieces. `feed` gives the octets with dots undone; `rest` is what follows the end.
 
-    bare, nul, long_line: what was seen in it.  size: octets unstuffed.  raw: octets taken from the wire.
-    normalize: bare CR and LF become CRLF instead of setting `bare`; they still never end the text.
+    ended: the final CRLF.CRLF was seen.  bare: a bare CR or LF was seen.  nul: a NUL was seen.  longest: octets in the
+    longest line without its CRLF, counted as lines end or pieces do.  Memory: at most 4 octets are held back.
     """
 
-    __slots__ = ("_held", "_line", "_normalize", "_pending_cr", "_skip", "bare", "ended", "long_line", "nul", "raw",
-                 "rest", "size")
+    __slots__ = ("_held", "_line", "_virtual", "bare", "ended", "longest", "nul", "rest")
 
-    def __init__(self, *, normalize: bool = False) -> None:
-        self._held = b"\r\n"  # the text begins at the start of a line, so ".CRLF" at once ends it
-        self._skip = 2
+    def __init__(self) -> None:
+        self._held = b"\r\n"  # the data starts as if behind a line end, so that a first dot counts
+        self._virtual = 2  # octets of that line end still to be left out
         self._line = 0
-        self._normalize = normalize
-        self._pending_cr = False
-        self.bare = self.nul = self.long_line = self.ended = False
+        self.ended = False
+        self.bare = False
+        self.nul = False
+        self.longest = 0
         self.rest = b""
-        self.size = 0
-        self.raw = 0
 
-    def feed(self, data: bytes) -> bytes:
-        """Takes octets from the wire; returns the message octets that are certain now."""
-        work = self._held + data
-        end = work.find(END)
-        if end >= 0:
-            text = work[:end + 2]
-            self.rest = work[end + 5:]
-            self.raw += len(data) - len(self.rest)
-            self.ended = True
-            self._held = b""
-        else:
-            self.raw += len(data)
-            keep = _held_back(work)
-            if keep == len(work):
-                self._held = work
-                return b""
-            text = work[:len(work) - keep]
-            self._held = work[len(work) - keep:]
-        # `text` never parts a CRLF from itself nor from the dot behind it, so each piece can be judged alone.
-        pairs = text.count(b"\r\n")
-        if (text.count(b"\n") != pairs or text.count(b"\r") != pairs) and not self._normalize:
-            self.bare = True  # RFC 5321 section 2.3.8
-        if b"\0" in text:
-            self.nul = True
-        skip = self._skip
-        self._measure(text, skip)
-        if b"\r\n." in text:
-            text = text.replace(b"\r\n.", b"\r\n")  # RFC 5321 section 4.5.2
-        if skip:
-            text = text[skip:]
-            self._skip = 0
-        if self._normalize:
-            text = _NEWLINE.sub(b"\r\n", text)
-        self.size += len(text)
-        return text
-
-    def _measure(self, text: bytes, start: int) -> None:
-        first = text.find(b"\n", start)
-        if first < 0:
-            self._line += len(text) - start
-            if self._line > MAX_LINE:
-                self.long_line = True
-            return
-        if self._line + first - start > MAX_LINE:
-            self.long_line = True
-        last = text.rfind(b"\n")
-        while last - first > MAX_LINE + 1:
-            following = text.rfind(b"\n", first + 1, first + MAX_LINE + 2)
-            if following < 0:
-                self.long_line = True
+    def feed(self, piece: bytes) -> bytes:
+        """Takes the next octets; gives the message octets that are certain by now."""
+        held = self._held
+        buffer = held + piece
+        out: list[bytes] = []
+        position = 0
+        while True:
+            found = buffer.find(_DOT, position)
+            if found < 0:
                 break
-            first = following
-        self._line = len(text) - last - 1
-        if self._line > MAX_LINE:
-            self.long_line = True
+            after = buffer[found + 3:found + 5]
+            if after == b"\r\n":  # RFC 5321 section 4.1.1.4: the end of data
+                out.append(buffer[position:found + 2])
+                self.rest = buffer[found + 5:]
+                self.ended = True
+                self._held = b""
+                return self._check(b"".join(out))
+            if len(after) == 2 or (len(after) == 1 and after != b"\r"):
+                out.append(buffer[position:found + 2])  # RFC 5321 section 4.5.2: the first dot of a line is removed
+                position = found + 3
+                continue
+            break
+        tail = buffer[position:]
+        keep = found - position if found >= 0 else _overlap(tail)
+        if found < 0:
+            keep = len(tail) - keep
+        out.append(tail[:keep])
+        self._held = tail[keep:]
+        return self._check(b"".join(out))
+
+    def _check(self, data: bytes) -> bytes:
+        """Notes what is wrong with the octets, and drops the line end that the scanner started with."""
+        if self._virtual:
+            drop = min(self._virtual, len(data))
+            self._virtual -= drop
+            data = data[drop:]
+        if data:
+            if not self.bare:
+                ends = data.count(b"\r\n")
+                if data.count(b"\n") != ends or data.count(b"\r") != ends:
+                    self.bare = True
+            if not self.nul and b"\0" in data:
+                self.nul = True
+            self._measure(data)
+        return data
+
+    def _measure(self, data: bytes) -> None:
+        """Line lengths, cheaply: only where a piece could hold a longer line than seen so far."""
+        start = data.find(b"\n")
+        if start < 0:
+            self._line += len(data)
+            self.longest = max(self.longest, self._line)
+            return
+        self.longest = max(self.longest, self._line + start - 1)
+        end = data.rfind(b"\n")
+        self._line = len(data) - end - 1
+        if end - start > self.longest:
+            longest = max(map(len, data[start + 1:end + 1].split(b"\n"))) - 1
+            self.longest = max(self.longest, longest)
+        self.longest = max(self.longest, self._line)
 
 
-def _held_back(work: bytes) -> int:
-    """How many octets at the end could belong to the end of data."""
-    for length in (4, 3, 2, 1):
-        if work.endswith(END[:length]):
-            return length
+def _overlap(tail: bytes) -> int:
+    """How many octets at the end of `tail` could begin CRLF-dot."""
+    if tail.endswith(b"\r\n"):
+        return 2
+    if tail.endswith(b"\r"):
+        return 1
     return 0
 
 
 class Stuffer:
-    """Doubles the leading dots of a message that comes in pieces; `finish` ends it (RFC 5321 section 4.5.2)."""
+    """Dot-stuffs a message sent in any pieces (RFC 5321 section 4.5.2); `finish` gives the end of data."""
 
     __slots__ = ("_tail",)
 
     def __init__(self) -> None:
         self._tail = b"\r\n"
 
-    def feed(self, data: bytes) -> bytes:
-        """The octets to send for the next piece."""
-        if not data:
+    def feed(self, piece: bytes) -> bytes:
+        """The octets to send for this piece."""
+        if not piece:
             return b""
-        tail = self._tail
-        out = data
-        if b"\n." in out:
-            out = out.replace(b"\n.", b"\n..")  # behind a bare LF too: a careless reader may end a line there
-        if tail.endswith(b"\n") and data.startswith(b"."):
-            out = b"." + out
-        self._tail = (tail + data)[-2:]
+        joined = self._tail + piece
+        stuffed = joined.replace(b"\r\n.", b"\r\n..")
+        out = stuffed[len(self._tail):]
+        self._tail = joined[-2:]
         return out
 
     def finish(self) -> bytes:
-        """The end of data, with the CRLF that the message may lack."""
-        return END if self._tail != b"\r\n" else END[2:]
+        """The final CRLF.CRLF; the first CRLF is the message's own where it has one (RFC 5321 section 4.1.1.4)."""
+        return b".\r\n" if self._tail == b"\r\n" else b"\r\n.\r\n"
 
 
 def stuff(message: bytes) -> bytes:
-    """The whole text to send for a message, its end included."""
+    """The whole wire form of a message, end of data included."""
     stuffer = Stuffer()
     return stuffer.feed(message) + stuffer.finish()
 
 
-def unstuff(text: bytes) -> bytes:
-    """The message within a complete text; what comes behind its end is ignored."""
-    return DataScanner().feed(text)
+def unstuff(wire: bytes) -> bytes:
+    """The message in a wire form that ends in CRLF.CRLF; raises ValueError where it does not."""
+    scanner = DataScanner()
+    message = scanner.feed(wire)
+    if not scanner.ended or scanner.rest:
+        raise ValueError("not one message")
+    return message

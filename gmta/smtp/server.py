@@ -1,554 +1,513 @@
-"""The server's side of SMTP, sans-IO: octets in, events out, replies to octets.
+"""The server side of SMTP, sans-IO: octets in, events out, replies back in, octets to send out.
 
-The engine calls receive_data, then next_event until None, and answers each event but Body by reply(). Syntax and order of
-commands, framing of DATA and BDAT, dots, line ends and bounds are settled here; policy, limits on recipients and errors,
-and deadlines are the engine's. Input can't raise; misuse raises ProtocolError. RFC 5321 and the extensions that
-`Extensions` names.
+`receive_data`, then `next_event` until it gives None; answer each event (but Body) with `reply`, and send what that returns. The
+sequence of commands is judged here (RFC 5321 section 4.1.4), what they ask for is not. Input never raises; ProtocolError is for a
+caller that answers when nothing was asked. Memory: one command line, or what was received and not yet consumed.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from functools import lru_cache
-from typing import NamedTuple
+import base64
+from enum import Enum
 
-from gmta.mail.reply import (
-    ALREADY_TLS,
-    AUTH_ALREADY,
-    AUTH_CANCELLED,
-    AUTH_MECHANISM,
-    AUTH_NEEDS_TLS,
-    AUTH_REQUIRED,
-    AUTH_SYNTAX,
-    AUTH_UNAVAILABLE,
-    BAD_HELO,
-    BAD_OCTET,
-    BAD_RECIPIENT_SYNTAX,
-    BAD_SENDER_SYNTAX,
-    BARE_NEWLINE,
-    HEADER_TOO_LARGE,
-    LINE_TOO_LONG,
-    NO_ARGUMENT_ALLOWED,
-    NO_END,
-    NOT_IMPLEMENTED,
-    NOT_SMTP,
-    SIZE_EXCEEDED,
-    SYNTAX,
-    TEXT_LINE_TOO_LONG,
-    TLS_REQUIRED,
-    TLS_UNAVAILABLE,
-    UNRECOGNIZED,
-    Reply,
-)
-from gmta.smtp import sasl
-from gmta.smtp.commands import parse_bdat, parse_hello, parse_mail, parse_rcpt
-from gmta.smtp.data import _SMALL, DataScanner, HeaderMeter
-from gmta.smtp.events import (
-    Auth,
-    AuthResponse,
-    BdatStart,
-    Body,
-    BodyEnd,
-    ChunkEnd,
-    Data,
-    Event,
-    Expn,
-    Fault,
-    Hello,
-    Help,
-    Mail,
-    Noop,
-    Quit,
-    Rcpt,
-    Reset,
-    StartTls,
-    Vrfy,
-)
-from gmta.smtp.lines import MAX_AUTH, MAX_COMMAND, LineBuffer, LineFault, ProtocolError
-from gmta.smtp.state import REFUSED, Mode, State
+from gmta.mail import reply as replies
+from gmta.mail.reply import Reply
+from gmta.smtp import events
+from gmta.smtp.commands import BadChunk, Refused, decode_base64, parse_auth, parse_bdat, parse_hello, parse_mail, parse_rcpt
+from gmta.smtp.data import DataScanner
+from gmta.smtp.lines import BareNewline, LineTooLong, NoLineEnd, ProtocolError, take_line
 
-NUL_IN_TEXT = Reply(550, "5.5.2", "Message contains a NUL octet")  # RFC 5321 section 4.1.1.4 and 2.3.1
-
-# A browser can be made to post SMTP commands to us: its request line ends the session before they are read.
-_HTTP = re.compile(rb"(?:GET|POST|PUT|HEAD|OPTIONS|CONNECT|DELETE|PATCH|TRACE|PRI) |Host:|SSH-", re.I)
-_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
-_CLEAR_NEEDS_TLS = frozenset({"MAIL", "RCPT", "DATA", "BDAT", "AUTH", "VRFY", "EXPN"})  # RFC 3207 section 4
+COMMAND_LINE = 2048
+AUTH_LINE = 12288  # RFC 4954 section 4
+TEXT_LINE = 64 * 1024
+HEADER_SIZE = 1024 * 1024
+HEADER_FIELDS = 2000
+_OTHER_PROTOCOLS = (b"GET ", b"POST ", b"PUT ", b"HEAD ", b"CONNECT ", b"OPTIONS ", b"DELETE ", b"PATCH ", b"TRACE ", b"PRI ",
+                    b"SSH-", b"\x16\x03")
 
 
-class Extensions(NamedTuple):
-    """What EHLO offers. size: octets, 0 for no limit.  auth: mechanism names in upper case.  Change by _replace."""
+class State(Enum):
+    """Where the session stands (RFC 5321 section 4.1.4)."""
 
-    size: int = 0
-    starttls: bool = False
-    auth: tuple[str, ...] = ()
-    pipelining: bool = True
-    eightbitmime: bool = True
-    smtputf8: bool = True
-    dsn: bool = True
-    chunking: bool = True
-    enhancedstatuscodes: bool = True
-    limits: bool = True
-    rcpt_max: int = 1000
+    COMMAND = "command"
+    DATA = "data"
+    CHUNK = "chunk"
+    DROP = "drop"
+    AUTH = "auth"
+    TLS = "tls"
+    CLOSED = "closed"
 
 
-@lru_cache(maxsize=256)
-def ehlo_answer(extensions: Extensions, hostname: str, tls: bool) -> bytes:
-    """The positive answer to EHLO (RFC 5321 section 4.1.1.1)."""
-    lines = [hostname]
-    if extensions.pipelining:
-        lines.append("PIPELINING")  # RFC 2920
-    lines.append(f"SIZE {extensions.size}")  # RFC 1870 section 4
-    if extensions.starttls and not tls:
-        lines.append("STARTTLS")  # RFC 3207 section 4.2: not offered again within TLS
-    if extensions.auth:
-        lines.append("AUTH " + " ".join(extensions.auth))  # RFC 4954 section 3
-    if extensions.enhancedstatuscodes:
-        lines.append("ENHANCEDSTATUSCODES")  # RFC 2034
-    if extensions.eightbitmime:
-        lines.append("8BITMIME")  # RFC 6152
-    if extensions.smtputf8:
-        lines.append("SMTPUTF8")  # RFC 6531
-    if extensions.dsn:
-        lines.append("DSN")  # RFC 3461
-    if extensions.chunking:
-        lines.append("CHUNKING")  # RFC 3030
-    if extensions.limits:
-        lines.append(f"LIMITS RCPTMAX={extensions.rcpt_max}")  # RFC 9422
-    lines.append("HELP")
-    return Reply(250, None, *lines).wire()
+class Extensions:
+    """What EHLO offers. size: octets, 0 for no limit; auth: mechanisms in order, () for none."""
+
+    __slots__ = ("auth", "auth_needs_tls", "chunking", "dsn", "eightbitmime", "enhancedstatuscodes", "limits", "pipelining", "rcpt_max",
+                 "size", "smtputf8", "starttls")
+
+    def __init__(self, *, size: int = 0, starttls: bool = False, auth: tuple[str, ...] = (), auth_needs_tls: bool = False,
+                 pipelining: bool = True, eightbitmime: bool = True, smtputf8: bool = True, dsn: bool = True, chunking: bool = True,
+                 enhancedstatuscodes: bool = True, limits: bool = True, rcpt_max: int = 1000) -> None:
+        self.size = size
+        self.starttls = starttls
+        self.auth = auth
+        self.auth_needs_tls = auth_needs_tls
+        self.pipelining = pipelining
+        self.eightbitmime = eightbitmime
+        self.smtputf8 = smtputf8
+        self.dsn = dsn
+        self.chunking = chunking
+        self.enhancedstatuscodes = enhancedstatuscodes
+        self.limits = limits
+        self.rcpt_max = rcpt_max
+
+    def keywords(self) -> list[str]:
+        """The EHLO lines behind the greeting (RFC 5321 section 4.1.1.1)."""
+        out = []
+        if self.pipelining:
+            out.append("PIPELINING")
+        out.append(f"SIZE {self.size}" if self.size else "SIZE")
+        if self.eightbitmime:
+            out.append("8BITMIME")
+        if self.smtputf8:
+            out.append("SMTPUTF8")
+        if self.enhancedstatuscodes:
+            out.append("ENHANCEDSTATUSCODES")
+        if self.dsn:
+            out.append("DSN")
+        if self.chunking:
+            out.append("CHUNKING")
+        if self.starttls:
+            out.append("STARTTLS")
+        if self.auth:
+            out.append("AUTH " + " ".join(self.auth))
+        if self.limits:
+            out.append(f"LIMITS RCPTMAX={self.rcpt_max}")  # RFC 9422 section 4
+        return out
 
 
 class ServerProtocol:
-    """One connection's protocol state. `extensions` may be replaced at any time; it is read at each command."""
+    """One session's protocol state; see the module's docstring for how it is driven."""
 
-    __slots__ = ("_buffer", "_chunk_last", "_chunk_left", "_chunk_refusal", "_ended", "_meter", "_mode", "_pending",
-                 "_received", "_scanner", "_size", "_smtputf8", "_state", "authenticated", "bare_newline", "esmtp",
-                 "extensions", "hostname", "require_auth", "require_tls", "tls")
+    __slots__ = ("_buffer", "_chunk_last", "_chunk_left", "_chunk_refusal", "_fault", "_fresh", "_header", "_header_done",
+                 "_pending", "_queue", "_scanner", "_size", "_smtputf8", "_state", "authenticated", "esmtp", "extensions", "greeted",
+                 "hostname", "in_transaction", "recipients", "require_auth", "require_tls", "tls")
 
-    def __init__(self, extensions: Extensions, hostname: str, *, bare_newline: str = "reject", require_tls: bool = False,
-                 require_auth: bool = False) -> None:
+    def __init__(self, extensions: Extensions, hostname: str, *, require_tls: bool = False, require_auth: bool = False) -> None:
         self.extensions = extensions
         self.hostname = hostname
-        self.bare_newline = bare_newline
         self.require_tls = require_tls
         self.require_auth = require_auth
-        self.tls = False
         self.authenticated = False
+        self.tls = False
+        self.greeted = False
         self.esmtp = False
-        self._buffer = LineBuffer()
-        self._mode = Mode.COMMAND
-        self._state = State.START
-        self._pending: Event | None = None
+        self.in_transaction = False
+        self.recipients = 0
         self._smtputf8 = False
+        self._buffer = bytearray()
+        self._state = State.COMMAND
+        self._pending: events.Event | None = None
+        self._queue: list[events.Event] = []
+        self._fresh = True
         self._scanner: DataScanner | None = None
-        self._meter: HeaderMeter | None = None
-        self._ended = False
-        self._size = 0  # octets of the message that comes in chunks
-        self._received = 0  # octets taken for the chunk that is coming in
+        self._size = 0
+        self._header: bytearray | None = None
+        self._header_done = False
+        self._fault: Reply | None = None
         self._chunk_left = 0
         self._chunk_last = False
         self._chunk_refusal: Reply | None = None
 
-    # --- what the engine may ask ---------------------------------------------------------------------------------
+    # -- in ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def greeted(self) -> bool:
-        """EHLO or HELO was accepted."""
-        return self._state is not State.START
-
-    @property
-    def in_transaction(self) -> bool:
-        """Between an accepted MAIL and the end of its transaction."""
-        return self._state >= State.MAIL
+    def receive_data(self, data: bytes) -> None:
+        """Takes octets from the client."""
+        if self._state is not State.CLOSED:
+            self._buffer += data
 
     @property
     def in_data(self) -> bool:
-        """The next octets belong to a message, not to a command."""
-        return self._mode is Mode.DATA or self._mode is Mode.CHUNK
+        """True while message octets are expected."""
+        return self._state in (State.DATA, State.CHUNK)
 
     @property
     def buffered(self) -> int:
-        """Octets received and not consumed."""
+        """Octets received and not consumed yet."""
         return len(self._buffer)
 
-    # --- octets in -------------------------------------------------------------------------------------------------
-
-    def receive_data(self, data: bytes) -> None:
-        """Takes what the peer sent. After a fault that closes, and between 220 and TLS, it is dropped."""
-        if data and self._mode < Mode.TLS:
-            self._buffer.append(data)
-
-    def next_event(self) -> Event | None:
-        """The next event, or None when more octets are needed (or the session is over)."""
+    def next_event(self) -> events.Event | None:
+        """The next event, or None until more octets come; raises ProtocolError while an answer is due."""
         if self._pending is not None:
-            raise ProtocolError("the pending event has no reply yet")
-        mode = self._mode
-        event: Event | None
-        if mode is Mode.DATA:
-            event = self._text()
-        elif mode is Mode.CHUNK:
-            event = self._chunk()
-        elif mode is Mode.COMMAND:
+            raise ProtocolError(f"{type(self._pending).__name__} has no reply yet")
+        if self._queue:
+            event: events.Event | None = self._queue.pop(0)
+        elif self._state is State.COMMAND:
             event = self._command()
-        elif mode is Mode.AUTH:
+        elif self._state is State.DATA:
+            event = self._data()
+        elif self._state in (State.CHUNK, State.DROP):
+            event = self._chunk()
+        elif self._state is State.AUTH:
             event = self._auth_line()
         else:
-            return None
-        if event is not None and type(event) is not Body:
+            event = None
+        if event is not None and type(event) is not events.Body:
             self._pending = event
         return event
 
-    def tls_started(self) -> None:
-        """TLS is up: all that came before it is forgotten, the greeting too (RFC 3207 section 4.2)."""
-        self.tls = True
-        self.esmtp = False
-        self.authenticated = False
+    def _line(self, limit: int) -> bytes | events.Fault | None:
+        try:
+            return take_line(self._buffer, limit)
+        except LineTooLong:
+            return events.Fault(replies.LINE_TOO_LONG, False)
+        except BareNewline:
+            self._state = State.CLOSED
+            return events.Fault(replies.BARE_NEWLINE, True)  # RFC 5321 section 2.3.8
+        except NoLineEnd:
+            self._state = State.CLOSED
+            return events.Fault(replies.NO_END, True)
+
+    def _command(self) -> events.Event | None:
+        if self._fresh and self._buffer:
+            head = bytes(self._buffer[:8])
+            if head.startswith(_OTHER_PROTOCOLS):  # a browser made to post, a TLS hello: end before the rest reads as commands
+                self._state = State.CLOSED
+                return events.Fault(replies.NOT_SMTP, True)
+            if len(head) >= 8 or b"\n" in head:
+                self._fresh = False
+        line = self._line(AUTH_LINE if self._buffer[:5].upper() == b"AUTH " else COMMAND_LINE)
+        if line is None:
+            return None
+        if isinstance(line, events.Fault):
+            return line
+        try:
+            return self._parse(line)
+        except BadChunk as bad:
+            self._drop(bad.octets, bad.reply)
+            return self._chunk()
+        except _Nothing:
+            return None
+        except Refused as refused:
+            return events.Fault(refused.reply, False)
+
+    def _parse(self, raw: bytes) -> events.Event:
+        if b"\0" in raw:
+            raise Refused(replies.BAD_OCTET)
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Refused(Reply(501, "5.5.2", "Command is not valid UTF-8")) from error
+        verb, _, argument = text.partition(" ")
+        argument = argument.strip(" \t")
+        verb = verb.strip().upper()
+        method = _VERBS.get(verb)
+        if method is None:
+            raise Refused(replies.UNRECOGNIZED)
+        return method(self, argument)
+
+    def _ready(self) -> None:
+        """MAIL and what follows need a greeting, and TLS or AUTH where the listener asks for them."""
+        if not self.greeted:
+            raise Refused(replies.HELO_FIRST)
+        if self.require_tls and not self.tls:
+            raise Refused(replies.TLS_REQUIRED)
+        if self.require_auth and not self.authenticated:
+            raise Refused(replies.AUTH_REQUIRED)
+
+    def _ehlo(self, argument: str) -> events.Event:
+        return parse_hello(argument, esmtp=True)
+
+    def _helo(self, argument: str) -> events.Event:
+        return parse_hello(argument, esmtp=False)
+
+    def _mail(self, argument: str) -> events.Event:
+        self._ready()
+        if self.in_transaction:
+            raise Refused(replies.NESTED_MAIL)
+        offered = self.extensions
+        return parse_mail(argument, size_limit=offered.size, smtputf8=offered.smtputf8 and self.esmtp, dsn=offered.dsn, esmtp=self.esmtp)
+
+    def _rcpt(self, argument: str) -> events.Event:
+        self._ready()
+        if not self.in_transaction:
+            raise Refused(replies.MAIL_FIRST)
+        offered = self.extensions
+        return parse_rcpt(argument, smtputf8=self._smtputf8, smtputf8_offered=offered.smtputf8 and self.esmtp, dsn=offered.dsn,
+                          esmtp=self.esmtp)
+
+    def _data_command(self, argument: str) -> events.Event:
+        if argument:
+            raise Refused(replies.NO_ARGUMENT_ALLOWED)
+        self._ready()
+        if not self.in_transaction:
+            raise Refused(replies.MAIL_FIRST)
+        if self._scanner is not None or self._header is not None:
+            raise Refused(replies.BAD_SEQUENCE)  # RFC 3030 section 2: DATA and BDAT do not mix
+        if not self.recipients:
+            raise Refused(replies.NO_RECIPIENTS)
+        return events.Data()
+
+    def _bdat(self, argument: str) -> events.Event:
+        if not self.extensions.chunking:
+            raise Refused(replies.UNRECOGNIZED)
+        octets, last = parse_bdat(argument)
+        refusal = None
+        if not self.greeted:
+            refusal = replies.HELO_FIRST
+        elif not self.in_transaction:
+            refusal = replies.MAIL_FIRST
+        elif not self.recipients:
+            refusal = replies.NO_RECIPIENTS
+        if refusal is not None:
+            raise BadChunk(refusal, octets)
+        self._chunk_left, self._chunk_last = octets, last
+        if self._header is None:
+            return events.BdatStart()
+        self._state = State.CHUNK
+        event = self._chunk()
+        if event is None:
+            raise _Nothing
+        return event
+
+    def _drop(self, octets: int, reply: Reply) -> None:
+        """Reads and drops the octets of a refused chunk: the count frames them (RFC 3030 section 4.1)."""
+        self._chunk_left, self._chunk_refusal = octets, reply
+        self._state = State.DROP
+
+    def _rset(self, argument: str) -> events.Event:
+        return events.Reset()
+
+    def _quit(self, argument: str) -> events.Event:
+        return events.Quit()
+
+    def _noop(self, argument: str) -> events.Event:
+        return events.Noop()
+
+    def _vrfy(self, argument: str) -> events.Event:
+        if not argument:
+            raise Refused(replies.SYNTAX)
+        return events.Vrfy(argument)
+
+    def _expn(self, argument: str) -> events.Event:
+        if not argument:
+            raise Refused(replies.SYNTAX)
+        return events.Expn(argument)
+
+    def _help(self, argument: str) -> events.Event:
+        return events.Help(argument)
+
+    def _starttls(self, argument: str) -> events.Event:
+        if argument:
+            raise Refused(replies.NO_ARGUMENT_ALLOWED)  # RFC 3207 section 4
+        if self.tls:
+            raise Refused(replies.ALREADY_TLS)
+        if not self.extensions.starttls:
+            raise Refused(replies.TLS_UNAVAILABLE)
+        return events.StartTls()
+
+    def _auth(self, argument: str) -> events.Event:
+        if self.extensions.auth_needs_tls and not self.tls:
+            raise Refused(replies.AUTH_NEEDS_TLS)
+        if not self.extensions.auth:
+            raise Refused(replies.AUTH_UNAVAILABLE)
+        if not self.greeted:
+            raise Refused(replies.HELO_FIRST)
+        if self.authenticated:
+            raise Refused(replies.AUTH_ALREADY)  # RFC 4954 section 4
+        if self.in_transaction:
+            raise Refused(replies.BAD_SEQUENCE)
+        return parse_auth(argument, self.extensions.auth)
+
+    def _auth_line(self) -> events.Event | None:
+        line = self._line(AUTH_LINE)
+        if line is None or isinstance(line, events.Fault):
+            if line is not None and self._state is State.AUTH:
+                self._state = State.COMMAND
+            return line
+        if line == b"*":  # RFC 4954 section 4: the client cancels
+            self._state = State.COMMAND
+            return events.Fault(replies.AUTH_CANCELLED, False)
+        try:
+            return events.AuthResponse(decode_base64(line))
+        except Refused as refused:
+            self._state = State.COMMAND
+            return events.Fault(refused.reply, False)
+
+    # -- message octets ---------------------------------------------------------------------------------------------
+
+    def _begin_message(self) -> None:
+        self._size = 0
+        self._header = bytearray()
+        self._header_done = False
+        self._fault = None
+
+    def _data(self) -> events.Event | None:
+        scanner = self._scanner
+        if scanner is None or not self._buffer:
+            return None
+        piece = bytes(self._buffer)
         self._buffer.clear()
-        self._pending = None
-        self._mode = Mode.COMMAND
-        self._state = State.START
-        self._end_transaction()
+        data = scanner.feed(piece)
+        if self._fault is None:
+            if scanner.bare:
+                self._fault = replies.BARE_NEWLINE
+            elif scanner.nul:
+                self._fault = Reply(550, "5.5.2", "Message contains a NUL octet")
+            elif scanner.longest > TEXT_LINE:
+                self._fault = replies.TEXT_LINE_TOO_LONG
+        self._account(data)
+        if scanner.ended:
+            self._buffer += scanner.rest
+            self._scanner = None
+            end = events.BodyEnd(self._size, self._fault, self._fault is replies.BARE_NEWLINE)
+            self._state = State.COMMAND
+            if data and self._fault is None:
+                self._queue.append(end)
+                return events.Body(data)
+            return end
+        limit = self.extensions.size
+        if limit and self._size > 4 * limit:
+            self._state = State.CLOSED
+            return events.Fault(replies.NO_END, True)
+        if data and self._fault is None:
+            return events.Body(data)
+        return None
 
-    # --- replies out -----------------------------------------------------------------------------------------------
+    def _account(self, data: bytes) -> None:
+        """Size and header limits; sets the fault, never stops the reading."""
+        self._size += len(data)
+        limit = self.extensions.size
+        if limit and self._size > limit and self._fault is None:
+            self._fault = replies.SIZE_EXCEEDED
+        header = self._header
+        if header is None or self._header_done or self._fault is not None:
+            return
+        overlap = max(0, len(header) - 3)
+        header += data
+        end = header.find(b"\r\n\r\n", overlap)
+        if end >= 0 or header.startswith(b"\r\n"):
+            self._header_done = True
+            if end >= 0:
+                del header[end + 2:]
+            else:
+                header.clear()
+        if len(header) > HEADER_SIZE:
+            # a message without a blank line is judged by its first lines only: text is no header
+            if self._header_done or header[:HEADER_SIZE].find(b":") >= 0:
+                self._fault = replies.HEADER_TOO_LARGE
+            self._header_done = True
+        if self._header_done:
+            fields = header.count(b"\n") - header.count(b"\n ") - header.count(b"\n\t")
+            if fields > HEADER_FIELDS:
+                self._fault = replies.HEADER_TOO_LARGE
+            header.clear()
 
-    def reply(self, reply: Reply, *, reset: bool = False) -> bytes:
-        """The octets that answer the pending event, after which the session is where that answer leads.
+    def _chunk(self) -> events.Event | None:
+        dropping = self._state is State.DROP
+        if self._buffer and self._chunk_left:
+            data = bytes(self._buffer[:self._chunk_left])
+            del self._buffer[:len(data)]
+            self._chunk_left -= len(data)
+            if not dropping:
+                self._account(data)
+                if self._fault is None:
+                    if not self._chunk_left:
+                        self._queue.append(self._chunk_end())
+                    return events.Body(data)
+        if self._chunk_left:
+            return None
+        if dropping:
+            self._state = State.COMMAND
+            refusal = self._chunk_refusal
+            self._chunk_refusal = None
+            return events.Fault(refusal or replies.BAD_SEQUENCE, False)
+        return self._chunk_end()
 
-        reset: the transaction ends too.  A BdatStart's octets are empty: its refusal comes as a Fault once the chunk is in.
-        Raises ProtocolError if no event is pending.
-        """
+    def _chunk_end(self) -> events.Event:
+        self._state = State.COMMAND
+        if self._chunk_last:
+            return events.BodyEnd(self._size, self._fault, False)
+        return events.ChunkEnd()
+
+    # -- out --------------------------------------------------------------------------------------------------------
+
+    def reply(self, reply: Reply) -> bytes:
+        """Answers the pending event and moves the state; gives the octets to send (none for a BdatStart)."""
         event = self._pending
         if event is None:
-            raise ProtocolError("no event is pending")
+            raise ProtocolError("no reply is due")
         self._pending = None
         kind = type(event)
         positive = reply.code < 400
-        if kind is Mail:
+        if kind is events.Hello and positive:
+            assert isinstance(event, events.Hello)
+            self.greeted = True
+            self.esmtp = event.esmtp
+            self._end_transaction()  # RFC 5321 section 4.1.4
+            return self._hello(event)
+        if kind is events.Mail and positive:
+            assert isinstance(event, events.Mail)
+            self.in_transaction = True
+            self._smtputf8 = event.smtputf8
+        elif kind is events.Rcpt and positive:
+            self.recipients += 1
+        elif kind is events.Data and reply.code == 354:
+            self._begin_message()
+            self._scanner = DataScanner()
+            self._state = State.DATA
+        elif kind is events.BdatStart:
             if positive:
-                self._state = State.MAIL
-                self._smtputf8 = event.smtputf8  # type: ignore[union-attr]
-        elif kind is Rcpt:
-            if positive:
-                self._state = State.RCPT
-        elif kind is Data:
-            if positive:
-                self._mode = Mode.DATA
-                self._scanner = DataScanner(normalize=self.bare_newline == "normalize")
-        elif kind is BodyEnd:
-            self._end_transaction()
-            if event.close:  # type: ignore[union-attr]
-                self._close()
-        elif kind is Hello:
-            if positive:
+                self._begin_message()
+                self._state = State.CHUNK
+            else:
+                self._drop(self._chunk_left, reply)
                 self._end_transaction()
-                self._state = State.GREETED
-                self.esmtp = event.esmtp  # type: ignore[union-attr]
-                if self.esmtp:
-                    return ehlo_answer(self.extensions, self.hostname, self.tls)
-                return b"250 " + self.hostname.encode("ascii", "backslashreplace") + b"\r\n"
-        elif kind is Fault:
-            if event.close:  # type: ignore[union-attr]
-                self._close()
-        elif kind is Reset:
-            self._end_transaction()
-        elif kind is Quit:
-            self._close()
-        elif kind is BdatStart:
-            if not positive:
-                self._chunk_refusal = reply
-                if reset:
-                    self._end_transaction()
             return b""
-        elif kind is ChunkEnd:
-            self._state = State.CHUNKED if positive else State.FAILED
-        elif kind is StartTls:
-            if positive:
-                # Octets behind STARTTLS in clear text must not be obeyed within TLS (CVE-2011-0411)
-                self._buffer.clear()
-                self._mode = Mode.TLS
-        elif kind is Auth or kind is AuthResponse:
-            self._mode = Mode.AUTH if reply.code == 334 else Mode.COMMAND
-            if reply.code == 235:
-                self.authenticated = True
-        if reset:
+        elif kind in (events.BodyEnd, events.Reset):
             self._end_transaction()
+        elif kind is events.Quit:
+            self._state = State.CLOSED
+        elif kind is events.StartTls and reply.code == 220:
+            self._state = State.TLS
+            self._buffer.clear()  # RFC 3207 section 4.2, CVE-2011-0411: nothing sent in clear counts inside TLS
+        elif kind in (events.Auth, events.AuthResponse):
+            self._state = State.AUTH if reply.code == 334 else State.COMMAND
+            self.authenticated = self.authenticated or reply.code == 235
+        if isinstance(event, (events.Fault, events.BodyEnd)) and event.close:
+            self._state = State.CLOSED
         return reply.wire()
 
+    def _hello(self, event: events.Hello) -> bytes:
+        if not event.esmtp:
+            return Reply(250, None, self.hostname).wire()
+        return Reply(250, None, f"{self.hostname} greets {event.name}"[:200], *self.extensions.keywords()).wire()
+
     def _end_transaction(self) -> None:
-        if self._state > State.GREETED:
-            self._state = State.GREETED
-        self._scanner = None
-        self._meter = None
-        self._ended = False
-        self._size = 0
+        self.in_transaction = False
+        self.recipients = 0
         self._smtputf8 = False
+        self._header = None
+        self._scanner = None
 
-    def _close(self) -> None:
-        self._mode = Mode.CLOSED
+    def tls_started(self) -> None:
+        """The handshake is done: all that came before is forgotten (RFC 3207 section 4.2)."""
         self._buffer.clear()
-
-    # --- commands --------------------------------------------------------------------------------------------------
-
-    def _line(self, limit: int) -> bytes | Fault | None:
-        buffer = self._buffer
-        line = buffer.line(MAX_AUTH, lenient=self.bare_newline == "normalize")
-        if type(line) is bytes:
-            if len(line) + 2 > limit and line[:5].upper() != b"AUTH ":
-                return Fault(LINE_TOO_LONG, False)
-            return line
-        if line is None:
-            return None
-        if line is LineFault.LONG:
-            return Fault(LINE_TOO_LONG, False)
-        if line is LineFault.ENDLESS:
-            return Fault(NO_END, True)
-        return Fault(BARE_NEWLINE, True)
-
-    def _command(self) -> Event | None:
-        buffer = self._buffer
-        start = buffer.start
-        if start == len(buffer.data):
-            return None
-        if not buffer.dropped:
-            if self._state is State.START and buffer.data.startswith(b"\x16", start):
-                return Fault(NOT_SMTP, True)  # a TLS hello on a port that starts in clear text
-            if buffer.data.find(b"\n", start) >= 0 and _HTTP.match(buffer.data, start):
-                return Fault(NOT_SMTP, True)
-        line = self._line(MAX_COMMAND)
-        if type(line) is not bytes:
-            return line  # type: ignore[return-value]
-        line = line.rstrip(b" \t")
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError:
-            return self._bad_octets(line)
-        verb, _, argument = text.partition(" ")
-        verb = verb.upper()
-        parse = _PARSERS.get(verb)
-        if parse is None:
-            return Fault(UNRECOGNIZED, False)
-        if verb != "BDAT":
-            refusal = REFUSED[self._state].get(verb)
-            if refusal is None and self.require_tls and not self.tls and verb in _CLEAR_NEEDS_TLS:
-                refusal = TLS_REQUIRED
-            if refusal is not None:
-                return Fault(refusal, False)
-        if _CONTROL.search(argument):
-            return Fault(_SYNTAX_OF.get(verb, SYNTAX), False)
-        found = parse(self, argument)
-        return Fault(found, False) if type(found) is Reply else found  # type: ignore[return-value]
-
-    def _bad_octets(self, line: bytes) -> Event:
-        verb = line[:4].upper().decode("latin-1")
-        refusal = _SYNTAX_OF.get(verb, BAD_OCTET)
-        if verb in ("MAIL", "RCPT"):
-            refusal = REFUSED[self._state].get(verb, refusal)
-        return Fault(refusal, False)
-
-    def _ehlo(self, argument: str) -> Event | Reply:
-        return parse_hello(argument, esmtp=True)
-
-    def _helo(self, argument: str) -> Event | Reply:
-        return parse_hello(argument, esmtp=False)
-
-    def _mail(self, argument: str) -> Event | Reply:
-        if self.require_auth and not self.authenticated:
-            return AUTH_REQUIRED
-        offered = self.extensions
-        return parse_mail(argument, size_limit=offered.size, eightbitmime=offered.eightbitmime,
-                          smtputf8=offered.smtputf8, dsn=offered.dsn)
-
-    def _rcpt(self, argument: str) -> Event | Reply:
-        return parse_rcpt(argument, smtputf8=self._smtputf8, dsn=self.extensions.dsn)
-
-    def _data(self, argument: str) -> Event | Reply:
-        return NO_ARGUMENT_ALLOWED if argument else Data()
-
-    def _rset(self, argument: str) -> Event | Reply:
-        return NO_ARGUMENT_ALLOWED if argument else Reset()
-
-    def _quit(self, argument: str) -> Event | Reply:
-        return NO_ARGUMENT_ALLOWED if argument else Quit()
-
-    def _noop(self, argument: str) -> Event | Reply:
-        return Noop()
-
-    def _help(self, argument: str) -> Event | Reply:
-        return Help(argument)
-
-    def _vrfy(self, argument: str) -> Event | Reply:
-        return Vrfy(argument.strip()) if argument.strip() else SYNTAX
-
-    def _expn(self, argument: str) -> Event | Reply:
-        return Expn(argument.strip()) if argument.strip() else SYNTAX
-
-    def _starttls(self, argument: str) -> Event | Reply:
-        if argument:
-            return NO_ARGUMENT_ALLOWED
-        if self.tls:
-            return ALREADY_TLS
-        return StartTls() if self.extensions.starttls else TLS_UNAVAILABLE
-
-    # --- AUTH ------------------------------------------------------------------------------------------------------
-
-    def _auth(self, argument: str) -> Event | Reply:
-        if self.authenticated:
-            return AUTH_ALREADY
-        offered = self.extensions
-        if not offered.auth:
-            return AUTH_NEEDS_TLS if offered.starttls and not self.tls else AUTH_UNAVAILABLE
-        words = argument.split()
-        if not words or len(words) > 2:
-            return SYNTAX
-        mechanism = words[0].upper()
-        if mechanism not in offered.auth:
-            return AUTH_MECHANISM
-        if len(words) == 1:
-            return Auth(mechanism, None)
-        try:
-            return Auth(mechanism, sasl.decode(words[1].encode()))
-        except ValueError:
-            return AUTH_SYNTAX
-
-    def _auth_line(self) -> Event | None:
-        line = self._line(MAX_AUTH)
-        if line is None:
-            return None
-        self._mode = Mode.COMMAND  # until a further challenge
-        if type(line) is not bytes:
-            return line  # type: ignore[return-value]
-        if line == b"*":
-            return Fault(AUTH_CANCELLED, False)  # RFC 4954 section 4
-        try:
-            return AuthResponse(b"" if not line else sasl.decode(line.rstrip(b" \t")))
-        except ValueError:
-            return Fault(AUTH_SYNTAX, False)
-
-    # --- DATA ------------------------------------------------------------------------------------------------------
-
-    def _text(self) -> Event | None:
-        scanner = self._scanner
-        assert scanner is not None
-        if not self._ended:
-            buffer = self._buffer
-            if not len(buffer):
-                return None
-            data = buffer.take_all()
-            first = not scanner.raw
-            piece = scanner.feed(data)
-            limit = self.extensions.size
-            if limit and scanner.raw > 4 * limit:
-                return Fault(NO_END, True)
-            if scanner.ended:
-                if scanner.rest:
-                    buffer.give_back(scanner.rest)
-                    scanner.rest = b""
-                self._ended = True
-            if not (first and scanner.ended and len(piece) < _SMALL):
-                meter = self._meter
-                if meter is None:
-                    meter = self._meter = HeaderMeter()
-                meter.feed(piece)
-            if piece and self._text_fault(scanner) is None:
-                return Body(piece)
-            if not self._ended:
-                return None
-        fault = self._text_fault(scanner)
-        self._mode = Mode.COMMAND
-        return BodyEnd(scanner.size, fault, fault is BARE_NEWLINE)
-
-    def _text_fault(self, scanner: DataScanner) -> Reply | None:
-        if scanner.bare:
-            return BARE_NEWLINE
-        if scanner.nul:
-            return NUL_IN_TEXT
-        limit = self.extensions.size
-        if limit and scanner.size > limit:
-            return SIZE_EXCEEDED
-        if self._meter is not None and self._meter.over:
-            return HEADER_TOO_LARGE
-        if scanner.long_line:
-            return TEXT_LINE_TOO_LONG
-        return None
-
-    # --- BDAT ------------------------------------------------------------------------------------------------------
-
-    def _bdat(self, argument: str) -> Event | Reply | None:
-        found = parse_bdat(argument)
-        if found is None:
-            return SYNTAX
-        octets, last, valid = found
-        refusal: Reply | None = None
-        if not self.extensions.chunking:
-            refusal = NOT_IMPLEMENTED
-        elif not valid:
-            refusal = SYNTAX
-        elif self.require_tls and not self.tls:
-            refusal = TLS_REQUIRED
-        else:
-            refusal = REFUSED[self._state].get("BDAT")
-        # RFC 3030 section 2: the octets come whatever the answer is, so they are read in any case
-        self._chunk_left = octets
-        self._chunk_last = last
-        self._chunk_refusal = refusal
-        self._received = 0
-        self._ended = False
-        self._mode = Mode.CHUNK
-        if refusal is None and self._state is State.RCPT:
-            self._size = 0
-            self._meter = HeaderMeter()
-            return BdatStart()
-        return self._chunk()
-
-    def _chunk(self) -> Event | None:
-        if self._chunk_left:
-            if not len(self._buffer):
-                return None
-            data = self._buffer.take(self._chunk_left)
-            self._chunk_left -= len(data)
-            self._received += len(data)
-            limit = self.extensions.size
-            if limit and self._received + (self._size if self._chunk_refusal is None else 0) > 4 * limit:
-                return Fault(NO_END, True)
-            if self._chunk_refusal is None:
-                self._size += len(data)
-                self._received = 0
-                meter = self._meter
-                assert meter is not None
-                meter.feed(data)
-                if self._chunk_fault() is None:
-                    return Body(data)
-            if self._chunk_left:
-                return None
-        self._mode = Mode.COMMAND
-        refusal = self._chunk_refusal
-        if refusal is not None:
-            self._chunk_refusal = None
-            if self._state is State.RCPT and refusal is not SYNTAX:
-                self._state = State.FAILED
-                if self._chunk_last:
-                    self._end_transaction()
-            return Fault(refusal, False)
-        if self._chunk_last:
-            return BodyEnd(self._size, self._chunk_fault(), False)
-        return ChunkEnd()
-
-    def _chunk_fault(self) -> Reply | None:
-        limit = self.extensions.size
-        if limit and self._size > limit:
-            return SIZE_EXCEEDED
-        if self._meter is not None and self._meter.over:
-            return HEADER_TOO_LARGE
-        return None
+        self._queue.clear()
+        self.tls = True
+        self.greeted = False
+        self.esmtp = False
+        self._end_transaction()
+        self._state = State.COMMAND
+        self._fresh = True
 
 
-_SYNTAX_OF = {"MAIL": BAD_SENDER_SYNTAX, "RCPT": BAD_RECIPIENT_SYNTAX, "EHLO": BAD_HELO, "HELO": BAD_HELO}
+class _Nothing(Exception):
+    """A chunk's octets have not come yet."""
 
-_PARSERS: dict[str, Callable[[ServerProtocol, str], Event | Reply | None]] = {
-    "EHLO": ServerProtocol._ehlo, "HELO": ServerProtocol._helo, "MAIL": ServerProtocol._mail,
-    "RCPT": ServerProtocol._rcpt, "DATA": ServerProtocol._data, "BDAT": ServerProtocol._bdat,
-    "RSET": ServerProtocol._rset, "NOOP": ServerProtocol._noop, "QUIT": ServerProtocol._quit,
-    "VRFY": ServerProtocol._vrfy, "EXPN": ServerProtocol._expn, "HELP": ServerProtocol._help,
+
+_VERBS = {
+    "EHLO": ServerProtocol._ehlo, "HELO": ServerProtocol._helo, "MAIL": ServerProtocol._mail, "RCPT": ServerProtocol._rcpt,
+    "DATA": ServerProtocol._data_command, "BDAT": ServerProtocol._bdat, "RSET": ServerProtocol._rset, "QUIT": ServerProtocol._quit,
+    "NOOP": ServerProtocol._noop, "VRFY": ServerProtocol._vrfy, "EXPN": ServerProtocol._expn, "HELP": ServerProtocol._help,
     "STARTTLS": ServerProtocol._starttls, "AUTH": ServerProtocol._auth,
 }

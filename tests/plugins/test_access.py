@@ -11,7 +11,7 @@ from gmta.mail.session import Recipient, Session, Transaction
 from gmta.mail.verdict import Kind
 from gmta_plugins import access
 
-DOMAINS = SimpleNamespace(local=["example.test"], relay_to=["backup.test", ".below.test"])
+DOMAINS = SimpleNamespace(local=["example.test"], relay_to=["backup.test"])
 
 
 def permitted(session: Session, address: Address) -> bool:
@@ -32,9 +32,7 @@ def user() -> Session:
     ("x@backup.test", True, True),
     ("x@BACKUP.test", True, True),
     ("x@sub.backup.test", False, True),
-    ("x@a.below.test", True, True),
-    ("x@below.test", False, True),
-    ("x@abelow.test", False, True),
+    ("x@xbackup.test", False, True),
     ("x@example.test", False, False),
 ])
 def test_who_may(address: str, stranger: bool, trusted: bool) -> None:

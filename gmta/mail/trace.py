@@ -1,0 +1,75 @@
+"""Trace fields: Received (RFC 5321 section 4.4, RFC 3848), Return-Path, Authentication-Results (RFC 8601); and which are forged."""
+
+from __future__ import annotations
+
+import re
+from email.utils import formatdate
+
+from gmta.mail.address import Address
+from gmta.mail.message import Message
+from gmta.mail.session import AuthResult, Session, Transaction
+
+_UNSAFE = re.compile(r"[^!-~]|[()\\]")
+_COMMENT = re.compile(rb"\A(?:\s|\((?:[^()\\]|\\.)*\))*")
+
+
+def _atom(text: str) -> str:
+    return _UNSAFE.sub("?", text)[:255] or "unknown"
+
+
+def received(session: Session, transaction: Transaction, hostname: str, at: float) -> str:
+    """The value of Received; at: Unix seconds. `for` only with one recipient, so that nobody learns of others."""
+    peer = f"IPv6:{session.peer_ip}" if ":" in session.peer_ip else session.peer_ip  # RFC 5321 section 4.1.3
+    protocol = session.protocol
+    if transaction.smtputf8 and session.esmtp:
+        protocol = protocol.replace("ESMTP", "UTF8SMTP", 1)  # RFC 6531 section 4.3
+    value = f"from {_atom(session.helo)} ({_atom(session.peer_name) if session.peer_name else 'unknown'} [{peer}])\r\n\tby {hostname}"
+    if session.tls is not None:
+        tls = session.tls
+        value += f"\r\n\t(using {_atom(tls.version)} with cipher {_atom(tls.cipher)} ({tls.bits} bits))"
+    value += f"\r\n\twith {protocol} id {transaction.id}"
+    if len(transaction.recipients) == 1:
+        original = transaction.recipients[0].original
+        if original.is_ascii:
+            value += f"\r\n\tfor <{original}>"
+    return value + f"; {formatdate(at)}"
+
+
+def return_path(sender: Address) -> str:
+    """The value of Return-Path (RFC 5321 section 4.4): only final delivery writes it."""
+    return f"<{sender}>"
+
+
+def authentication_results(hostname: str, results: list[AuthResult]) -> str:
+    """The value of Authentication-Results (RFC 8601 section 2.2); "none" without results."""
+    parts = [hostname]
+    for result in results:
+        part = f"{result.method}={result.result}"
+        if result.reason:
+            part += ' reason="' + re.sub(r'[^ !#-\[\]-~]', "?", result.reason) + '"'
+        for name, value in result.properties:
+            part += f" {name}={re.sub(r'[^!#-:<-~]', '?', value)}"
+        parts.append(part)
+    if not results:
+        parts.append("none")
+    return ";\r\n\t".join(parts) if results else "; ".join(parts)
+
+
+def drop_forged(message: Message, hostname: str) -> None:
+    """Removes every Return-Path (RFC 5321 section 4.4) and Authentication-Results in our name (RFC 8601 section 5)."""
+    if not message.count("return-path") and not message.count("authentication-results") \
+            and not re.search(rb"(?im)^(?:return-path|authentication-results)[ \t]+:", message.header):
+        return
+    ours = hostname.lower().encode()
+    doomed = []
+    for name, raw in message.fields():
+        lower = name.lower()
+        if lower == "return-path":
+            doomed.append((name, raw))
+        elif lower == "authentication-results":
+            value = _COMMENT.sub(b"", raw.partition(b":")[2])
+            identifier = re.split(rb"[;\s(/]", value, maxsplit=1)[0].strip(b'"').lower()
+            if identifier == ours:
+                doomed.append((name, raw))
+    if doomed:
+        message.drop(frozenset(doomed))

@@ -1,0 +1,340 @@
+"""From protocol events to replies: hooks are asked, the transaction is kept, the message goes to the queue.
+
+`Pipeline` is a worker's; `Reception` is one connection's, and answers one event at a time. Only 250 after the final dot says that
+the store has it, synced. Failures: a hook's failure is the plugin manager's answer; StoreFull is 452 4.3.1, StoreError 451 4.3.0;
+a refused message's spool file is removed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+
+from gmta.hookspecs import Credentials
+from gmta.mail import reply as replies
+from gmta.mail.address import Address
+from gmta.mail.envelope import Envelope, RecipientState
+from gmta.mail.message import FileBody, Message, split_header
+from gmta.mail.reply import Reply
+from gmta.mail.session import Recipient, Session, Transaction
+from gmta.mail.trace import authentication_results, drop_forged, received
+from gmta.mail.verdict import Kind, Verdict, verdict_reply
+from gmta.plugins import PluginFailure
+from gmta.queue.store import Event, Store, StoreError, StoreFull
+from gmta.smtp import events, sasl
+
+MEMORY = 64 * 1024  # octets of a message kept in memory; past that it goes to a file
+
+
+class Pipeline:
+    """What all receptions of a worker share."""
+
+    def __init__(self, config: Any, plugins: Any, store: Store, services: Any, ids: Any,
+                 accept: Callable[[Envelope, Message], None]) -> None:
+        self.config = config
+        self.plugins = plugins
+        self.store = store
+        self.services = services
+        self.ids = ids
+        self.accept = accept
+        self.hostname: str = services.hostname
+        self.message_size: int = config.limits.message_size
+        self.recipients: int = config.limits.recipients
+        self.recipients_refused: int = config.limits.recipients_refused
+
+    def size_limit(self, session: Session) -> int:
+        """Octets a message of this session may have: the smallest that configuration and plugins say."""
+        limit = self.message_size
+        if self.plugins.has("get_size_limit"):
+            for _, value in self.plugins.get("get_size_limit", session):
+                limit = min(limit, value)
+        return limit
+
+
+class Reception:
+    """One connection's dialogue above the protocol."""
+
+    __slots__ = ("_exchange", "_file", "_path", "_pieces", "_refused", "_written", "closing", "pipeline", "session", "transaction")
+
+    def __init__(self, pipeline: Pipeline, session: Session) -> None:
+        self.pipeline = pipeline
+        self.session = session
+        self.transaction: Transaction | None = None
+        self.closing = False
+        self._pieces: list[bytes] = []
+        self._written = 0
+        self._file = -1
+        self._path = ""
+        self._refused = 0
+        self._exchange: tuple[str, sasl.Login] | None = None
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def _check(self, hook: str, *args: Any) -> Reply | None:
+        plugins = self.pipeline.plugins
+        if not plugins.has(hook):
+            return None
+        return self._refusal(hook.partition("_")[2], plugins.check(hook, *args))
+
+    def _refusal(self, stage: str, verdict: Verdict | None) -> Reply | None:
+        if verdict is None or verdict.kind is Kind.ACCEPT:
+            return None
+        if verdict.kind is Kind.DISCONNECT:
+            self.closing = True
+        return self._tell(stage, verdict_reply(verdict))
+
+    def _tell(self, stage: str, reply: Reply) -> Reply:
+        pipeline, transaction = self.pipeline, self.transaction
+        pipeline.services.log.info("refused", session=self.session.id, stage=stage, reply=str(reply),
+                                   sender=f"<{transaction.sender}>" if transaction else None)
+        if pipeline.plugins.has("on_refused"):
+            pipeline.plugins.on("on_refused", self.session, transaction, stage, reply)
+        return reply
+
+    def connected(self) -> Reply | None:
+        """Asks check_connect; the refusal that takes the banner's place, or None."""
+        if self.pipeline.plugins.has("on_session_opened"):
+            self.pipeline.plugins.on("on_session_opened", self.session)
+        return self._check("check_connect", self.session)
+
+    def answer(self, event: events.Event) -> Reply:
+        """The reply to an event; `closing` tells whether to hang up after it."""
+        return _ANSWERS[type(event)](self, event)
+
+    def _hello(self, event: events.Hello) -> Reply:
+        session = self.session
+        session.helo, session.esmtp = event.name, event.esmtp
+        self.forget()
+        return self._check("check_helo", session) or replies.OK
+
+    def _mail(self, event: events.Mail) -> Reply:
+        pipeline = self.pipeline
+        if not pipeline.store.has_room(pipeline.message_size):
+            return self._tell("mail", replies.STORE_FULL)
+        transaction = Transaction(pipeline.ids.new(), event.sender, size=event.size, body=event.body, smtputf8=event.smtputf8,
+                                  ret=event.ret, envid=event.envid, auth=event.auth)
+        self.transaction = transaction
+        self._refused = 0
+        refusal = self._check("check_mail", self.session, transaction)
+        if refusal is not None:
+            self.transaction = None
+            return refusal
+        return replies.MAIL_OK
+
+    def _rcpt(self, event: events.Rcpt) -> Reply:
+        transaction = self.transaction
+        assert transaction is not None
+        pipeline = self.pipeline
+        if len(transaction.recipients) >= pipeline.recipients:  # RFC 5321 section 4.5.3.1.10
+            self._refused += 1
+            if self._refused > pipeline.recipients_refused:
+                self.closing = True
+                return self._tell("rcpt", replies.RECIPIENT_FLOOD)
+            return replies.TOO_MANY_RECIPIENTS
+        recipient = Recipient(event.recipient, notify=event.notify, orcpt=event.orcpt)
+        try:
+            verdict = pipeline.plugins.permit("permit_rcpt", self.session, transaction, recipient)
+        except PluginFailure as failure:
+            return self._tell("rcpt", failure.reply)
+        if verdict is None:
+            return self._tell("rcpt", replies.NOT_PERMITTED)
+        refusal = self._refusal("rcpt", verdict) or self._check("check_rcpt", self.session, transaction, recipient)
+        if refusal is not None:
+            return refusal
+        known = {(other.address, other.transport) for other in transaction.recipients}
+        for address in (recipient.address,) if verdict.replace is None else verdict.replace:
+            if (address, verdict.transport) not in known:  # named twice, delivered once
+                transaction.recipients.append(Recipient(address, original=event.recipient, transport=verdict.transport,
+                                                        notify=event.notify, orcpt=event.orcpt))
+        return replies.RCPT_OK
+
+    def _data(self, event: events.Event) -> Reply:
+        refusal = self._check("check_data", self.session, self.transaction)
+        return refusal or replies.START_MAIL_INPUT
+
+    def _auth(self, event: events.Event) -> Reply:
+        if isinstance(event, events.Auth):
+            mechanism, response, login = event.mechanism, event.initial, sasl.Login()
+            self._exchange = (mechanism, login)
+        else:
+            assert isinstance(event, events.AuthResponse) and self._exchange is not None
+            mechanism, login = self._exchange
+            response = event.data
+        try:
+            if mechanism == "PLAIN":
+                if response is None:
+                    return sasl.challenge(b"")
+                authorization, user, secret = sasl.plain(response)
+            else:
+                step = login.step(None) if isinstance(event, events.Auth) else None
+                step = login.step(response) if response is not None else step
+                if step is not None:
+                    return step
+                authorization, user, secret = "", login.user or "", login.secret or ""
+        except ValueError:
+            self._exchange = None
+            return self._tell("auth", replies.AUTH_SYNTAX)
+        self._exchange = None
+        if authorization not in ("", user):  # nobody speaks for somebody else
+            return self._tell("auth", replies.AUTH_FAILED)
+        try:
+            verdict = self.pipeline.plugins.permit("permit_auth", self.session, Credentials(mechanism, user, secret, authorization))
+        except PluginFailure as failure:
+            return self._tell("auth", failure.reply if failure.reply.code != 451 else replies.AUTH_TEMPORARY)
+        if verdict is None:
+            return self._tell("auth", replies.AUTH_FAILED)
+        refusal = self._refusal("auth", verdict)
+        if refusal is not None:
+            return refusal
+        self.session.user = user
+        return replies.AUTH_OK
+
+    def _reset(self, event: events.Event) -> Reply:
+        self.forget()
+        return replies.RESET_OK
+
+    def _quit(self, event: events.Event) -> Reply:
+        self.closing = True
+        return replies.CLOSING
+
+    # -- message octets ---------------------------------------------------------------------------------------------
+
+    def body(self, data: bytes) -> None:
+        """Takes a piece of the message; raises StoreError or OSError where the spool can't."""
+        if self._file < 0:
+            self._pieces.append(data)
+            self._written += len(data)
+            if self._written <= MEMORY:
+                return
+            assert self.transaction is not None
+            self._path = self.pipeline.store.new_spool_file(self.transaction.id)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+            self._written = 0
+        self._written += len(data)
+        gevent.get_hub().threadpool.apply(_write_all, (self._file, data))
+
+    def forget(self) -> None:
+        """Drops the transaction with what it has spooled."""
+        self.transaction = None
+        self._pieces = []
+        self._written = 0
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        if self._path:
+            try:
+                os.unlink(self._path)
+            except OSError:
+                pass
+            self._path = ""
+
+    def _message(self) -> Message:
+        if self._file < 0:
+            return Message.from_bytes(self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces))
+        os.close(self._file)
+        self._file = -1
+        with open(self._path, "rb", buffering=0) as file:
+            head = file.read(1 << 21)
+        header, separator = split_header(head)
+        start = header + separator
+        return Message(head[:header], head[header:start], FileBody(self._path, start, self._written - start))
+
+    def _end(self, event: events.BodyEnd) -> Reply:
+        """The final dot: checks, trace, signatures, and the queue; 250 only when the store says so (RFC 5321 section 4.2.5)."""
+        try:
+            if event.fault is not None:
+                self.closing = self.closing or event.close
+                return self._tell("message", event.fault)
+            return self._take(self._message())
+        except StoreFull:
+            return self._tell("message", replies.STORE_FULL)
+        except (StoreError, OSError) as error:
+            self.pipeline.services.log.error("can't queue", session=self.session.id, error=str(error))
+            return self._tell("message", replies.LOCAL_ERROR)
+        finally:
+            self.forget()
+
+    def _take(self, message: Message) -> Reply:
+        pipeline, session, transaction = self.pipeline, self.session, self.transaction
+        assert transaction is not None
+        plugins, now = pipeline.plugins, pipeline.services.clock()
+        transaction.message = message
+        refused: dict[Recipient, Verdict] = {}
+        if plugins.has("check_message"):
+            answer = plugins.check("check_message", session, transaction, message)
+            if isinstance(answer, dict):
+                refused = {who: verdict for who, verdict in answer.items() if verdict.kind is not Kind.ACCEPT}
+                answer = next(iter(refused.values())) if len(refused) >= len(transaction.recipients) else None
+            refusal = self._refusal("message", answer)
+            if refusal is not None:
+                return refusal
+        try:
+            if plugins.has("edit_message"):
+                message = plugins.edit("edit_message", session, transaction, message)
+            drop_forged(message, pipeline.hostname)
+            if plugins.has("get_headers"):
+                for _, fields in plugins.get("get_headers", session, transaction, message):
+                    for name, value in reversed(fields):
+                        message.prepend(name, value)
+            if not session.trusted:
+                message.prepend("Authentication-Results", authentication_results(pipeline.hostname, transaction.auth_results))
+            message.prepend("Received", received(session, transaction, pipeline.hostname, now))
+            if plugins.has("get_signatures"):
+                for _, fields in plugins.get("get_signatures", session, transaction, message):
+                    for name, value in reversed(fields):
+                        message.prepend(name, value)
+        except PluginFailure as failure:
+            return self._tell("message", failure.reply)
+        envelope = self._envelope(transaction, message, now, refused)
+        pipeline.store.put(envelope, message, (Event(transaction.id, now, "received", {**envelope.facts, "size": envelope.size,
+                           "sender": str(transaction.sender)}),))
+        self._path = ""  # the store's now
+        pipeline.services.log.info("queued", session=session.id, id=transaction.id, sender=f"<{transaction.sender}>",
+                                   recipients=len(envelope.recipients), size=envelope.size)
+        if plugins.has("on_queued"):
+            plugins.on("on_queued", envelope)
+        pipeline.accept(envelope, message)
+        return Reply(250, "2.0.0", f"queued as {transaction.id}")
+
+    def _envelope(self, transaction: Transaction, message: Message, now: float, refused: dict[Recipient, Verdict]) -> Envelope:
+        session = self.session
+        facts: dict[str, Any] = {"ip": session.peer_ip, "helo": session.helo, "protocol": session.protocol, "session": session.id}
+        if session.user is not None:
+            facts["user"] = session.user
+        if session.tls is not None:
+            facts["tls"] = f"{session.tls.version} {session.tls.cipher}"
+        states = []
+        for number, recipient in enumerate(transaction.recipients):
+            transport = "fail" if recipient in refused else recipient.transport or ""
+            states.append(RecipientState(number, recipient.address, _original(recipient.original), recipient.orcpt, recipient.notify,
+                                         transport, fixed_transport=bool(transport), next_attempt_at=now))
+        return Envelope(transaction.id, transaction.sender, states, message.size, now, transaction.ret, transaction.envid,
+                        transaction.body, transaction.smtputf8, facts, sorted(transaction.tags))
+
+
+def _original(address: Address) -> str:
+    return str(address)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view):]
+
+
+def _same(reply: Reply) -> Callable[[Reception, Any], Reply]:
+    return lambda reception, event: reply
+
+
+_ANSWERS: dict[type, Callable[[Reception, Any], Reply]] = {
+    events.Hello: Reception._hello, events.Mail: Reception._mail, events.Rcpt: Reception._rcpt, events.Data: Reception._data,
+    events.BdatStart: Reception._data, events.BodyEnd: Reception._end, events.ChunkEnd: _same(replies.CHUNK_OK),
+    events.Reset: Reception._reset, events.Quit: Reception._quit, events.Auth: Reception._auth, events.AuthResponse: Reception._auth,
+    events.Vrfy: _same(replies.CANNOT_VRFY), events.Expn: _same(replies.NOT_IMPLEMENTED), events.Help: _same(replies.HELP),
+    events.Noop: _same(replies.OK), events.StartTls: _same(replies.READY_FOR_TLS),
+}

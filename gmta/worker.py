@@ -1,0 +1,161 @@
+"""One worker process: builds the objects, serves the sockets it inherits, delivers, drains.
+
+Started by the supervisor as a fresh interpreter: `python -m gmta.worker`, with GMTA_WORKER in the environment naming the descriptors.
+Its first statement is the monkey patch. Exit status 78: it can't boot (bad configuration), so the supervisor must not retry.
+"""
+
+from gevent import monkey
+
+monkey.patch_all()
+
+import json  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from typing import Any  # noqa: E402
+
+import gevent  # noqa: E402
+from gevent.event import Event as Flag  # noqa: E402
+
+from gmta.config import Config, ConfigError  # noqa: E402
+from gmta.deliver.scheduler import Scheduler  # noqa: E402
+from gmta.mail.session import Session  # noqa: E402
+from gmta.plugins import PluginManager  # noqa: E402
+from gmta.queue.ids import IdSource  # noqa: E402
+from gmta.queue.sqlite import SqliteStore  # noqa: E402
+from gmta.receive.connection import Connection  # noqa: E402
+from gmta.receive.limits import ConnectionLimits  # noqa: E402
+from gmta.receive.pipeline import Pipeline  # noqa: E402
+from gmta.services import Services  # noqa: E402
+from gmta.services.log import Log  # noqa: E402
+from gmta.services.metrics import Metrics  # noqa: E402
+from gmta.services.tls import server_context  # noqa: E402
+
+DRAIN_S = 30.0
+EX_CONFIG = 78
+
+
+class Worker:
+    """A worker's objects. sockets: (listener name, listening socket)."""
+
+    def __init__(self, config: Config, sockets: list[tuple[str, Any]], number: int) -> None:
+        self.config = config
+        self.number = number
+        self.log = Log(config.gmta.log_level, config.gmta.log_format, config.gmta.log_file or None)
+        self.metrics = Metrics()
+        self.services = Services(config, self.log, self.metrics)
+        self.plugins = PluginManager(config, self.services, self.log, self.metrics)
+        self.ids = IdSource(self.services.clock)
+        self.store = SqliteStore(os.path.join(config.gmta.data_dir, "queue"), instance_tag=self.ids.tag, log=self.log,
+                                 history_s=config.queue.history, message_limit=config.limits.message_size)
+        self.scheduler = Scheduler(config, self.store, self.plugins, self.services, self.ids)
+        self.pipeline = Pipeline(config, self.plugins, self.store, self.services, self.ids, self.scheduler.accept)
+        self.limits = ConnectionLimits(config.limits, config.domains.relay_from)
+        self._sockets = sockets
+        self._connections: set[Connection] = set()
+        self._stopping = Flag()
+        self._serial = 0
+        tls = config.tls
+        self._tls = server_context(tls.certificate, tls.key or None, tls.minimum_version) if tls.certificate else None
+
+    def run(self, beat: int, life: int) -> None:
+        """Serves until SIGTERM or until the supervisor is gone. beat: pipe to write to; life: pipe that ends with the supervisor."""
+        gevent.signal_handler(signal.SIGTERM, self._stopping.set)
+        gevent.signal_handler(signal.SIGINT, lambda: None)
+        gevent.signal_handler(signal.SIGHUP, lambda: None)
+        gevent.signal_handler(signal.SIGUSR1, self.log.reopen)
+        self.scheduler.start()
+        acceptors = [gevent.spawn(self._accept, name, sock) for name, sock in self._sockets]
+        if life >= 0:
+            gevent.spawn(self._watch, life)
+        if beat >= 0:
+            os.set_blocking(beat, False)
+            os.write(beat, b"r")
+            gevent.spawn(self._beat, beat)
+        self.plugins.on("on_worker_started", self)
+        self.log.info("worker started", worker=self.number, pid=os.getpid())
+        self._stopping.wait()
+        self.plugins.on("on_worker_stopping", self)
+        gevent.killall(acceptors)
+        self._drain()
+        self.scheduler.stop(10.0)
+        self.store.close()
+        self.plugins.close()
+        self.services.close()
+        self.log.info("worker stopped", worker=self.number, pid=os.getpid())
+
+    def _drain(self) -> None:
+        end = time.monotonic() + DRAIN_S
+        while self._connections and time.monotonic() < end:
+            for connection in list(self._connections):
+                connection.shut_down() and self._connections.discard(connection)
+            gevent.sleep(0.02)
+
+    def _watch(self, life: int) -> None:
+        gevent.os.tp_read(life, 1)
+        self._stopping.set()
+
+    def _beat(self, beat: int) -> None:
+        while True:
+            gevent.sleep(1.0)
+            try:
+                os.write(beat, b".")
+            except BlockingIOError:
+                pass
+            except OSError:
+                return
+
+    def _accept(self, name: str, listening: Any) -> None:
+        listener = self.config.listeners[name]
+        while True:
+            try:
+                accepted, peer = listening.accept()
+            except OSError as error:
+                self.log.warning("can't accept", listener=name, error=str(error))
+                gevent.sleep(0.1)
+                continue
+            gevent.spawn(self._serve, accepted, peer, name, listener)
+
+    def _serve(self, accepted: Any, peer: Any, name: str, listener: Any) -> None:
+        ip = peer[0].partition("%")[0]
+        if ip.startswith("::ffff:") and "." in ip:
+            ip = ip[7:]
+        admitted = self.limits.open(ip)
+        self._serial += 1
+        session = Session(f"{os.getpid():x}-{self._serial:x}", role=listener.role, listener=name, peer_ip=ip, peer_port=peer[1],
+                          relay_network=self.limits.is_relay_network(ip), opened_at=self.services.clock())
+        connection = Connection(accepted, session, listener, self.pipeline, self._tls if listener.tls != "off" else None, self.limits)
+        self._connections.add(connection)
+        try:
+            reason = connection.run(admitted)
+            if reason != "quit":
+                self.log.info("session closed", session=session.id, ip=ip, reason=reason)
+        except Exception as error:  # this session only: the greenlet's own containment
+            self.log.error("session failed", session=session.id, ip=ip, error=repr(error))
+        finally:
+            self._connections.discard(connection)
+            self.limits.close(ip)
+
+
+def main() -> int:
+    """Entry of the worker process."""
+    sys.setswitchinterval(0.0005)
+    given = json.loads(os.environ["GMTA_WORKER"])
+    with os.fdopen(given["config"], "rb") as file:
+        file.seek(0)
+        text = file.read().decode()
+    try:
+        config = Config.from_snapshot(text)
+        sockets = [(name, socket.socket(fileno=descriptor)) for name, descriptor in given["sockets"]]
+        worker = Worker(config, sockets, given["number"])
+    except ConfigError as error:
+        print("\n".join(error.errors), file=sys.stderr)
+        return EX_CONFIG
+    worker.run(given["beat"], given["life"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

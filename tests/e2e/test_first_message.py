@@ -1,0 +1,205 @@
+"""A message from swaks into a Maildir, and out of it again over Dovecot's IMAP, octet for octet."""
+
+from __future__ import annotations
+
+import imaplib
+import json
+import os
+import pwd
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import DEADLINE_S, Gmta, free_port, listens, program, until
+
+pytestmark = pytest.mark.e2e
+
+MESSAGE = (
+    "From: Alice <alice@sender.test>\n"
+    "To: you@example.test\n"
+    "Subject: first message\n"
+    "X-Folded: one\n"
+    "\ttwo\n"
+    "Message-ID: <first@sender.test>\n"
+    "\n"
+    "Plain text, Grüße, and blanks at the end:   \n"
+    ".\n"
+    "..two dots\n"
+    ".dot and text\n"
+    + "x" * 990 + "\n"
+    "\n"
+    "last line\n"
+).encode()
+
+
+def swaks(server: Gmta, *arguments: str, to: str = "you@example.test") -> subprocess.CompletedProcess[str]:
+    """One run of swaks against the server's MX port."""
+    return subprocess.run(
+        [program("swaks"), "--server", f"127.0.0.1:{server.port}", "--helo", "client.test", "--from", "alice@sender.test",
+         "--to", to, *arguments],
+        capture_output=True, text=True, errors="replace", timeout=DEADLINE_S, check=False)
+
+
+def send(server: Gmta, directory: Path, to: str = "you@example.test") -> str:
+    """Sends MESSAGE; the queue id of the 250."""
+    file = directory / "message"
+    file.write_bytes(MESSAGE)
+    done = swaks(server, "--data", f"@{file}", to=to)
+    assert done.returncode == 0, done.stdout + done.stderr
+    match = re.search(r"250 2\.0\.0 queued as (\S+)", done.stdout)
+    assert match, done.stdout
+    return match[1]
+
+
+def below_trace(stored: bytes) -> bytes:
+    """The message from its first own field on."""
+    return stored[stored.index(b"From: Alice"):]
+
+
+def test_swaks_to_maildir(gmta: Gmta, directory: Path) -> None:
+    gmta.start()
+    queue_id = send(gmta, directory)
+    (file,) = gmta.arrived("you")
+    stored = file.read_bytes()
+    assert below_trace(stored) == MESSAGE
+    trace = stored[:stored.index(b"From: Alice")].decode()
+    fields = re.findall(r"^([A-Za-z-]+):", trace, re.M)
+    assert fields[:3] == ["Return-Path", "Delivered-To", "Received"]
+    assert fields.count("Received") == 1
+    assert "Return-Path: <alice@sender.test>\n" in trace
+    assert queue_id in trace
+    assert "client.test" in trace
+    assert "[127.0.0.1]" in trace
+
+    until(lambda: json.loads(gmta.command("queue", "list", "--json").stdout) == [], "empty queue")
+    history = gmta.command("trace", queue_id)
+    assert history.returncode == 0, history.stderr
+    assert b"you@example.test" in history.stdout
+    assert gmta.stop() == 0
+
+
+@pytest.mark.parametrize("to,code", [
+    ("someone@elsewhere.test", "550"),
+    ("someone%elsewhere.test@example.test", "550"),
+    ("elsewhere.test!someone@example.test", "550"),
+    ('"someone@elsewhere.test"@example.test', "550"),
+    ("nobody@example.test", "550"),
+])
+def test_refused_recipients(gmta: Gmta, to: str, code: str) -> None:
+    gmta.start(mailboxes="mailboxes = you@example.test")
+    done = swaks(gmta, "--quit-after", "RCPT", to=to)
+    assert done.returncode == 24, done.stdout  # swaks: no recipient was accepted
+    assert re.search(rf"<\*\* {code} 5\.1\.[13] |<\*\* {code} 5\.7\.1 ", done.stdout), done.stdout
+
+
+# --- Dovecot ----------------------------------------------------------------------------------------------------
+
+
+class Dovecot:
+    """An IMAP server of our own: no configuration, port or directory of the system's."""
+
+    def __init__(self, directory: Path, maildir: Path) -> None:
+        self.port = free_port()
+        self._directory = directory / "dovecot"
+        self._directory.mkdir()
+        root = os.getuid() == 0
+        me = pwd.getpwuid(os.getuid()).pw_name
+        owner = pwd.getpwnam("nobody") if root else pwd.getpwuid(os.getuid())  # Dovecot serves no mailbox of root
+        if root:
+            for path in (maildir, *maildir.rglob("*")):
+                os.chown(path, owner.pw_uid, owner.pw_gid)
+            for parent in maildir.parents:
+                if directory in parent.parents:
+                    parent.chmod(0o755)
+        config = self._directory / "dovecot.conf"
+        config.write_text(f"""
+base_dir = {self._directory}/run
+state_dir = {self._directory}/state
+log_path = {self._directory}/log
+protocols = imap
+listen = 127.0.0.1
+ssl = no
+disable_plaintext_auth = no
+default_internal_user = {'dovecot' if root else me}
+default_login_user = {'dovenull' if root else me}
+default_internal_group = {'dovecot' if root else me}
+passdb {{
+  driver = static
+  args = password=secret
+}}
+userdb {{
+  driver = static
+  args = uid={owner.pw_uid} gid={owner.pw_gid} home={self._directory}/home
+}}
+mail_location = maildir:{maildir}:CONTROL={self._directory}/home/control
+first_valid_uid = 1
+first_valid_gid = 0
+service imap-login {{
+  chroot =
+  inet_listener imap {{
+    port = {self.port}
+  }}
+  inet_listener imaps {{
+    port = 0
+  }}
+}}
+service anvil {{
+  chroot =
+}}
+service stats {{
+  chroot =
+}}
+""")
+        home = self._directory / "home"
+        home.mkdir()
+        os.chown(home, owner.pw_uid, owner.pw_gid)
+        self._process = subprocess.Popen([program("dovecot"), "-F", "-c", str(config)])
+
+    def wait(self) -> None:
+        """Returns when it takes connections."""
+        until(lambda: self._running() and listens(self.port), "IMAP server")
+
+    def _running(self) -> bool:
+        assert self._process.poll() is None, self.log()
+        return True
+
+    def log(self) -> str:
+        """What Dovecot said."""
+        file = self._directory / "log"
+        return file.read_text() if file.exists() else ""
+
+    def stop(self) -> None:
+        """Ends it."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(DEADLINE_S)
+
+
+@pytest.fixture
+def dovecots() -> Iterator[list[Dovecot]]:
+    """Servers that a test started, stopped at the end."""
+    started: list[Dovecot] = []
+    yield started
+    for server in started:
+        server.stop()
+
+
+def test_dovecot_serves_what_was_sent(gmta: Gmta, directory: Path, dovecots: list[Dovecot]) -> None:
+    gmta.start()
+    send(gmta, directory)
+    (file,) = gmta.arrived("you")
+    dovecot = Dovecot(directory, file.parent.parent)
+    dovecots.append(dovecot)
+    dovecot.wait()
+    with imaplib.IMAP4("127.0.0.1", dovecot.port, timeout=DEADLINE_S) as imap:
+        try:
+            imap.login("you", "secret")
+        except imaplib.IMAP4.error as error:
+            raise AssertionError(dovecot.log()) from error
+        assert imap.select("INBOX") == ("OK", [b"1"]), dovecot.log()
+        _, data = imap.fetch("1", "(BODY.PEEK[])")
+        assert isinstance(data[0], tuple)
+        assert below_trace(data[0][1]) == MESSAGE.replace(b"\n", b"\r\n")
