@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gmta.mail.message import Message
     from gmta.mail.reply import Reply
     from gmta.mail.session import AuthResult, Recipient, Session, Transaction
-    from gmta.mail.verdict import Outcome, Verdict, accept, deferred, defer, delivered, disconnect, failed, reject
+    from gmta.mail.verdict import Outcome, Verdict, accept, defer, deferred, delivered, disconnect, failed, reject
 
 __version__ = "0.1.0"
 

@@ -90,7 +90,8 @@ class Worker:
         end = time.monotonic() + DRAIN_S
         while self._connections and time.monotonic() < end:
             for connection in list(self._connections):
-                connection.shut_down() and self._connections.discard(connection)
+                if connection.shut_down():
+                    self._connections.discard(connection)
             gevent.sleep(0.02)
 
     def _watch(self, life: int) -> None:

@@ -7,13 +7,21 @@ caller that answers when nothing was asked. Memory: one command line, or what wa
 
 from __future__ import annotations
 
-import base64
 from enum import Enum
 
 from gmta.mail import reply as replies
 from gmta.mail.reply import Reply
 from gmta.smtp import events
-from gmta.smtp.commands import BadChunk, Refused, decode_base64, parse_auth, parse_bdat, parse_hello, parse_mail, parse_rcpt
+from gmta.smtp.commands import (
+    BadChunk,
+    Refused,
+    decode_base64,
+    parse_auth,
+    parse_bdat,
+    parse_hello,
+    parse_mail,
+    parse_rcpt,
+)
 from gmta.smtp.data import DataScanner
 from gmta.smtp.lines import BareNewline, LineTooLong, NoLineEnd, ProtocolError, take_line
 
@@ -88,7 +96,7 @@ class Extensions:
 class ServerProtocol:
     """One session's protocol state; see the module's docstring for how it is driven."""
 
-    __slots__ = ("_buffer", "_chunk_last", "_chunk_left", "_chunk_refusal", "_fault", "_fresh", "_header", "_header_done",
+    __slots__ = ("_buffer", "_chunk_failed", "_chunk_last", "_chunk_left", "_chunk_refusal", "_fault", "_fresh", "_header", "_header_done",
                  "_pending", "_queue", "_scanner", "_size", "_smtputf8", "_state", "authenticated", "esmtp", "extensions", "greeted",
                  "hostname", "in_transaction", "recipients", "require_auth", "require_tls", "tls")
 
@@ -116,6 +124,7 @@ class ServerProtocol:
         self._fault: Reply | None = None
         self._chunk_left = 0
         self._chunk_last = False
+        self._chunk_failed = False
         self._chunk_refusal: Reply | None = None
 
     # -- in ---------------------------------------------------------------------------------------------------------
@@ -183,6 +192,7 @@ class ServerProtocol:
         try:
             return self._parse(line)
         except BadChunk as bad:
+            self._chunk_failed = self._chunk_failed or self.in_transaction
             self._drop(bad.octets, bad.reply)
             return self._chunk()
         except _Nothing:
@@ -231,6 +241,8 @@ class ServerProtocol:
         self._ready()
         if not self.in_transaction:
             raise Refused(replies.MAIL_FIRST)
+        if self._header is not None or self._chunk_failed:
+            raise Refused(replies.BAD_SEQUENCE)  # RFC 3030 section 2: the recipients are settled once a chunk came
         offered = self.extensions
         return parse_rcpt(argument, smtputf8=self._smtputf8, smtputf8_offered=offered.smtputf8 and self.esmtp, dsn=offered.dsn,
                           esmtp=self.esmtp)
@@ -241,7 +253,7 @@ class ServerProtocol:
         self._ready()
         if not self.in_transaction:
             raise Refused(replies.MAIL_FIRST)
-        if self._scanner is not None or self._header is not None:
+        if self._header is not None or self._chunk_failed:
             raise Refused(replies.BAD_SEQUENCE)  # RFC 3030 section 2: DATA and BDAT do not mix
         if not self.recipients:
             raise Refused(replies.NO_RECIPIENTS)
@@ -256,6 +268,8 @@ class ServerProtocol:
             refusal = replies.HELO_FIRST
         elif not self.in_transaction:
             refusal = replies.MAIL_FIRST
+        elif self._chunk_failed:
+            refusal = replies.BAD_SEQUENCE  # RFC 3030 section 2: after a failed chunk only RSET leads on
         elif not self.recipients:
             refusal = replies.NO_RECIPIENTS
         if refusal is not None:
@@ -460,11 +474,13 @@ class ServerProtocol:
                 self._begin_message()
                 self._state = State.CHUNK
             else:
+                self._chunk_failed = True
                 self._drop(self._chunk_left, reply)
-                self._end_transaction()
             return b""
         elif kind in (events.BodyEnd, events.Reset):
             self._end_transaction()
+        elif kind is events.ChunkEnd and not positive:
+            self._chunk_failed = True
         elif kind is events.Quit:
             self._state = State.CLOSED
         elif kind is events.StartTls and reply.code == 220:
@@ -488,6 +504,7 @@ class ServerProtocol:
         self._smtputf8 = False
         self._header = None
         self._scanner = None
+        self._chunk_failed = False
 
     def tls_started(self) -> None:
         """The handshake is done: all that came before is forgotten (RFC 3207 section 4.2)."""

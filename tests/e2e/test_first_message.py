@@ -199,7 +199,7 @@ def test_dovecot_serves_what_was_sent(gmta: Gmta, directory: Path, dovecots: lis
             imap.login("you", "secret")
         except imaplib.IMAP4.error as error:
             raise AssertionError(dovecot.log()) from error
-        assert imap.select("INBOX") == ("OK", [b"1"]), dovecot.log()
+        until(lambda: imap.select("INBOX") == ("OK", [b"1"]), "message in INBOX")
         _, data = imap.fetch("1", "(BODY.PEEK[])")
         assert isinstance(data[0], tuple)
         assert below_trace(data[0][1]) == MESSAGE.replace(b"\n", b"\r\n")

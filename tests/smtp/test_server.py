@@ -74,6 +74,10 @@ DIALOGUES = [
     (HELLO + b"BDAT\r\nBDAT abc\r\nBDAT 6 FIRST\r\nNOOP\r\nNOOP\r\n", "250 501 501 501 250", b""),
     (HELLO + MAIL + RCPT + b"BDAT 5\r\nhelloBDAT 6 LAST\r\nQUIT\r\nNOOP\r\n", "250 250 250 250 250 250", b"helloQUIT\r\n"),
     (HELLO + MAIL + RCPT + b"BDAT 5\r\nhelloRSET\r\n" + MAIL, "250 250 250 250 250 250", b"hello"),
+    # RFC 3030 section 2: a failed chunk spoils the message until RSET; nothing of it is ever accepted
+    (HELLO + MAIL + RCPT + b"BDAT 3\r\nabcBDAT 3 FIRST\r\ndefBDAT 3 LAST\r\nghi" + RCPT + b"DATA\r\nRSET\r\n" + MAIL + RCPT + b"BDAT 2 LAST\r\nok",
+     "250 250 250 250 501 503 503 503 250 250 250 250", b"abcok"),
+    (HELLO + MAIL + RCPT + b"BDAT 3\r\nabc" + RCPT + b"BDAT 0 LAST\r\n", "250 250 250 250 503 250", b"abc"),
     (HELLO + MAIL + RCPT + b"DATA\r\na\nb\r\n.\r\n" + HELLO, "250 250 250 354 550", None),
     (HELLO + MAIL + RCPT + b"DATA\r\na\0b\r\n.\r\nNOOP\r\n", "250 250 250 354 550 250", None),
     (HELLO + b"STARTTLS now\r\nAUTH PLAIN AAAA\r\nHELP\r\n", "250 501 502 250", b""),
