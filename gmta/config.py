@@ -284,9 +284,9 @@ def validate(model: type[Model], section: Section, *, base: str = "", look: bool
     try:
         made = model.model_validate(values, context={"base": base, "look": look})
     except ValidationError as failure:
-        for error in failure.errors():
-            key = str(error["loc"][0]) if error["loc"] else ""
-            errors.append(_explain(section, spelled.get(key, key), error, list(fields)))
+        for detail in failure.errors():
+            key = str(detail["loc"][0]) if detail["loc"] else ""
+            errors.append(_explain(section, spelled.get(key, key), detail, list(fields)))
         raise ConfigError(list(dict.fromkeys(errors))) from None
     if errors:
         raise ConfigError(errors)

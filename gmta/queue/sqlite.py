@@ -161,10 +161,10 @@ class SqliteStore:
                     if match is None or not entry.is_file(follow_symlinks=False):
                         self._log.warning("odd file in the spool set aside", file=entry.name, shard=shard.number)
                         self._set_aside(entry.path)
-                    elif match[1][-TAG_LENGTH:] != self._tag:  # ours are being received
-                        if connection.execute("SELECT 1 FROM message WHERE id = ?", (match[1],)).fetchone() is None:
-                            os.unlink(entry.path)
-                            removed += 1
+                    elif match[1][-TAG_LENGTH:] != self._tag and connection.execute(  # ours are being received
+                            "SELECT 1 FROM message WHERE id = ?", (match[1],)).fetchone() is None:
+                        os.unlink(entry.path)
+                        removed += 1
             finally:
                 connection.close()
         except (OSError, sqlite3.Error) as error:

@@ -97,8 +97,7 @@ class Connection:
         clear = session.tls is None and not session.peer_ip.startswith("127.")
         extensions = Extensions(size=self._pipeline.size_limit(session), starttls=self._tls is not None and session.tls is None,
                                 auth=() if clear else auth, rcpt_max=self._pipeline.recipients)
-        protocol = ServerProtocol(extensions, self._pipeline.hostname, require_auth=bool(listener.auth_required))
-        return protocol
+        return ServerProtocol(extensions, self._pipeline.hostname, require_auth=bool(listener.auth_required))
 
     def _talk(self, protocol: ServerProtocol) -> str:
         reception, out, limits = self._reception, self._out, self._pipeline.config.limits

@@ -46,7 +46,7 @@ def swaks(server: Gmta, *arguments: str, to: str = "you@example.test") -> subpro
 def send(server: Gmta, directory: Path, to: str = "you@example.test") -> str:
     """Sends MESSAGE; the queue id of the 250."""
     file = directory / "message"
-    file.write_bytes(MESSAGE)
+    file.write_bytes(MESSAGE.removesuffix(b"\n"))  # swaks ends the last line itself
     done = swaks(server, "--data", f"@{file}", to=to)
     assert done.returncode == 0, done.stdout + done.stderr
     match = re.search(r"250 2\.0\.0 queued as (\S+)", done.stdout)
