@@ -247,6 +247,8 @@ class SqliteStore:
             room = stat.f_bavail * stat.f_frsize >= 2 * size_bytes and (stat.f_files == 0 or stat.f_favail >= MIN_INODES)
             if room and self._full:
                 self._fill_reserve()
+            if not room or self._full:
+                self._writer.post(self._shrink)  # the log's own room may be all that is missing
             if room != self._room:
                 (self._log.info if room else self._log.warning)("queue has room" if room else "queue has no room")
             self._room = room
@@ -343,6 +345,14 @@ class SqliteStore:
                 os.unlink(schema.shard_path(self._directory, self._primary.number, "reserve"))
             except OSError:
                 pass
+
+    def _shrink(self) -> None:
+        """Moves the write-ahead logs into their databases and cuts them, which gives their room back."""
+        for shard in list(self._shards):
+            try:
+                shard.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            except sqlite3.Error as error:
+                self._log.warning("write-ahead log can't be cut", shard=shard.number, error=str(error))
 
     def _fill_reserve(self) -> None:
         """Allocates the reserve; intake stays closed without it."""

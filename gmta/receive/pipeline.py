@@ -144,11 +144,9 @@ class Reception:
         refusal = self._refusal("rcpt", verdict) or self._check("check_rcpt", self.session, transaction, recipient)
         if refusal is not None:
             return refusal
-        known = {(other.address, other.transport) for other in transaction.recipients}
         for address in (recipient.address,) if verdict.replace is None else verdict.replace:
-            if (address, verdict.transport) not in known:  # named twice, delivered once
-                transaction.recipients.append(Recipient(address, original=event.recipient, transport=verdict.transport,
-                                                        notify=event.notify, orcpt=event.orcpt))
+            transaction.recipients.append(Recipient(address, original=event.recipient, transport=verdict.transport,
+                                                    notify=event.notify, orcpt=event.orcpt))
         return replies.RCPT_OK
 
     def _data(self, event: events.Event) -> Reply:
@@ -309,7 +307,8 @@ class Reception:
         if session.tls is not None:
             facts["tls"] = f"{session.tls.version} {session.tls.cipher}"
         states = []
-        for number, recipient in enumerate(transaction.recipients):
+        once = {(recipient.address, recipient.transport): recipient for recipient in reversed(transaction.recipients)}
+        for number, recipient in enumerate(reversed(once.values())):  # named twice, delivered once, in the order given
             transport = "fail" if recipient in refused else recipient.transport or ""
             states.append(RecipientState(number, recipient.address, _original(recipient.original), recipient.orcpt, recipient.notify,
                                          transport, fixed_transport=bool(transport), next_attempt_at=now))
