@@ -16,7 +16,6 @@ from gevent import ssl as gevent_ssl
 from gmta.mail import reply as replies
 from gmta.mail.reply import Reply
 from gmta.mail.session import Session
-from gmta.queue.store import StoreError, StoreFull
 from gmta.receive.limits import ConnectionLimits
 from gmta.receive.pipeline import Pipeline, Reception
 from gmta.services.tls import tls_info
@@ -110,12 +109,7 @@ class Connection:
                 protocol.receive_data(self._receive(protocol, limits))
                 continue
             if type(event) is events.Body:
-                try:
-                    reception.body(event.data)
-                except (StoreError, OSError) as error:
-                    full = isinstance(error, StoreFull) or getattr(error, "errno", 0) == 28
-                    self._last_word(replies.STORE_FULL if full else replies.LOCAL_ERROR)
-                    return "no room" if full else f"spool: {error}"
+                reception.body(event.data)
                 continue
             self.busy = True
             if type(event) is events.Fault:

@@ -7,6 +7,7 @@ a refused message's spool file is removed.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,7 @@ class Pipeline:
 class Reception:
     """One connection's dialogue above the protocol."""
 
-    __slots__ = ("_exchange", "_file", "_path", "_pieces", "_refused", "_written", "closing", "pipeline", "session", "transaction")
+    __slots__ = ("_exchange", "_failure", "_file", "_path", "_pieces", "_refused", "_written", "closing", "pipeline", "session", "transaction")
 
     def __init__(self, pipeline: Pipeline, session: Session) -> None:
         self.pipeline = pipeline
@@ -70,6 +71,7 @@ class Reception:
         self._path = ""
         self._refused = 0
         self._exchange: tuple[str, sasl.Login] | None = None
+        self._failure: Reply | None = None
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -201,7 +203,17 @@ class Reception:
     # -- message octets ---------------------------------------------------------------------------------------------
 
     def body(self, data: bytes) -> None:
-        """Takes a piece of the message; raises StoreError or OSError where the spool can't."""
+        """Takes a piece of the message; where the spool can't, the rest is read and dropped, and the answer at the end says so."""
+        if self._failure is not None:
+            return
+        try:
+            self._keep(data)
+        except (StoreError, OSError) as error:
+            full = isinstance(error, StoreFull) or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+            self._failure = replies.STORE_FULL if full else replies.LOCAL_ERROR
+            self.pipeline.services.log.error("can't spool", session=self.session.id, error=str(error))
+
+    def _keep(self, data: bytes) -> None:
         if self._file < 0:
             self._pieces.append(data)
             self._written += len(data)
@@ -214,11 +226,14 @@ class Reception:
             self._pieces.clear()
             self._written = 0
         self._written += len(data)
-        gevent.get_hub().threadpool.apply(_write_all, (self._file, data))
+        error = gevent.get_hub().threadpool.apply(_write_all, (self._file, data))
+        if error is not None:
+            raise error
 
     def forget(self) -> None:
         """Drops the transaction with what it has spooled."""
         self.transaction = None
+        self._failure = None
         self._pieces = []
         self._written = 0
         if self._file >= 0:
@@ -248,6 +263,8 @@ class Reception:
             if event.fault is not None:
                 self.closing = self.closing or event.close
                 return self._tell("message", event.fault)
+            if self._failure is not None:
+                return self._tell("message", self._failure)
             return self._take(self._message())
         except StoreFull:
             return self._tell("message", replies.STORE_FULL)
@@ -320,10 +337,15 @@ def _original(address: Address) -> str:
     return str(address)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes) -> OSError | None:
+    """Runs in a native thread; an error is given back, since the pool would print it."""
     view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view):]
+    try:
+        while view:
+            view = view[os.write(descriptor, view):]
+    except OSError as error:
+        return error
+    return None
 
 
 def _same(reply: Reply) -> Callable[[Reception, Any], Reply]:
