@@ -106,6 +106,33 @@ def trace(queue_id: str, path: str | None, as_json: bool) -> None:
     sys.exit(0 if events else 1)
 
 
+@main.command()
+@click.argument("address")
+@config_option
+def route(address: str, path: str | None) -> None:
+    """How an address would be accepted from a stranger, and where each of its recipients would go."""
+    from gmta.deliver.router import Router
+    from gmta.mail.address import NULL, Address, AddressError
+    from gmta.mail.envelope import Envelope, RecipientState
+    from gmta.mail.session import Recipient, Session, Transaction
+
+    config = _load(path)
+    manager = _plugins(config)
+    try:
+        target = Address.parse(address)
+    except AddressError as error:
+        raise click.UsageError(str(error)) from error
+    verdict = manager.permit("permit_rcpt", Session("route", peer_ip="192.0.2.1"), Transaction("route", NULL), Recipient(target))
+    click.echo(f"accepted: {verdict.reply if verdict is not None else '550 5.7.1 no plugin permits it'}")
+    targets = verdict.replace if verdict is not None and verdict.replace is not None else (target,)
+    router = Router(config, manager)
+    for one in targets:
+        transport = (verdict.transport or "") if verdict is not None else ""
+        state = RecipientState(0, one, transport=transport, fixed_transport=bool(transport))
+        click.echo(f"{one}: {router.route(Envelope('route', NULL, [state]), state)}")
+    sys.exit(0 if verdict is not None and verdict.reply.code < 300 else 1)
+
+
 @main.group()
 def queue() -> None:
     """Look at the queue and change it, with the server up or down."""
