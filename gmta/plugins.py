@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import pkgutil
 import sys
@@ -258,7 +259,7 @@ class PluginManager:
         if offer is None:
             return
         try:
-            value = offer(self._config)
+            value = offer(*([self._config] if inspect.signature(offer).parameters else []))  # a hook may take fewer
         except Exception as error:
             self._log.error("plugin failed", plugin=name, hook="get_transports", traceback=traceback.format_exc())
             errors.append(f"plugin {name}: get_transports: {type(error).__name__}: {error}")
