@@ -152,6 +152,8 @@ def check_domain(domain: str) -> None:
 
 def literal_ip(literal: str) -> str:
     """The IP address within `[192.0.2.1]` or `[IPv6:2001:db8::1]` (RFC 5321 section 4.1.3); raises AddressError."""
+    if not (literal.startswith("[") and literal.endswith("]")):
+        raise AddressError("bad address literal")
     text = literal[1:-1]
     try:
         if text[:5].lower() == "ipv6:":

@@ -17,7 +17,7 @@ from gmta.smtp.events import Auth, Hello, Mail, Rcpt
 
 _KEYWORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9\-]*\Z")
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*\Z")  # RFC 3461 section 4
-_HEX = re.compile(r"\+([0-9A-F]{2})")
+_HEX = re.compile(rb"\+([0-9A-F]{2})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
 _HELO = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_])?\.?\Z")  # "_" is no host name, but real clients say it
@@ -40,7 +40,10 @@ def decode_xtext(text: str, what: str) -> str:
     """The text of an xtext (RFC 3461 section 4); raises Refused for bad ones and for control characters in the result."""
     if _XTEXT.match(text) is None:
         raise _syntax(f"{what} is not xtext")
-    decoded = _HEX.sub(lambda match: chr(int(match[1], 16)), text)
+    try:
+        decoded = _HEX.sub(lambda match: bytes([int(match[1], 16)]), text.encode("ascii")).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _syntax(f"{what} is not UTF-8") from error
     if _CONTROL.search(decoded):  # would become a line of somebody's header or report
         raise _syntax(f"{what} contains a control character")
     return decoded

@@ -8,8 +8,10 @@ caller that answers when nothing was asked. Memory: one command line, or what wa
 from __future__ import annotations
 
 from enum import Enum
+from typing import NamedTuple
 
 from gmta.mail import reply as replies
+from gmta.mail.message import split_header
 from gmta.mail.reply import Reply
 from gmta.smtp import events
 from gmta.smtp.commands import (
@@ -25,11 +27,7 @@ from gmta.smtp.commands import (
 from gmta.smtp.data import DataScanner
 from gmta.smtp.lines import BareNewline, LineTooLong, NoLineEnd, ProtocolError, take_line
 
-COMMAND_LINE = 2048
 AUTH_LINE = 12288  # RFC 4954 section 4
-TEXT_LINE = 64 * 1024
-HEADER_SIZE = 1024 * 1024
-HEADER_FIELDS = 2000
 _OTHER_PROTOCOLS = (b"GET ", b"POST ", b"PUT ", b"HEAD ", b"CONNECT ", b"OPTIONS ", b"DELETE ", b"PATCH ", b"TRACE ", b"PRI ",
                     b"SSH-", b"\x16\x03")
 
@@ -44,6 +42,15 @@ class State(Enum):
     AUTH = "auth"
     TLS = "tls"
     CLOSED = "closed"
+
+
+class Bounds(NamedTuple):
+    """What input may be: octets of a command line, of a line and of the header section of a message, and its fields."""
+
+    command_line: int = 2048
+    text_line: int = 64 * 1024
+    header_size: int = 1024 * 1024
+    header_fields: int = 2000
 
 
 class Extensions:
@@ -96,12 +103,14 @@ class Extensions:
 class ServerProtocol:
     """One session's protocol state; see the module's docstring for how it is driven."""
 
-    __slots__ = ("_buffer", "_chunk_failed", "_chunk_last", "_chunk_left", "_chunk_refusal", "_fault", "_fresh", "_header", "_header_done",
+    __slots__ = ("_bounds", "_buffer", "_chunk_failed", "_chunk_last", "_chunk_left", "_chunk_refusal", "_fault", "_fresh", "_header", "_header_done",
                  "_pending", "_queue", "_scanner", "_size", "_smtputf8", "_state", "authenticated", "esmtp", "extensions", "greeted",
                  "hostname", "in_transaction", "recipients", "require_auth", "require_tls", "tls")
 
-    def __init__(self, extensions: Extensions, hostname: str, *, require_tls: bool = False, require_auth: bool = False) -> None:
+    def __init__(self, extensions: Extensions, hostname: str, *, require_tls: bool = False, require_auth: bool = False,
+                 bounds: Bounds = Bounds()) -> None:  # noqa: B008
         self.extensions = extensions
+        self._bounds = bounds
         self.hostname = hostname
         self.require_tls = require_tls
         self.require_auth = require_auth
@@ -137,7 +146,7 @@ class ServerProtocol:
     @property
     def in_data(self) -> bool:
         """True while message octets are expected."""
-        return self._state in (State.DATA, State.CHUNK)
+        return self._state in (State.DATA, State.CHUNK, State.DROP)
 
     @property
     def buffered(self) -> int:
@@ -173,8 +182,7 @@ class ServerProtocol:
             self._state = State.CLOSED
             return events.Fault(replies.BARE_NEWLINE, True)  # RFC 5321 section 2.3.8
         except NoLineEnd:
-            self._state = State.CLOSED
-            return events.Fault(replies.NO_END, True)
+            return self._give_up()
 
     def _command(self) -> events.Event | None:
         if self._fresh and self._buffer:
@@ -184,23 +192,25 @@ class ServerProtocol:
                 return events.Fault(replies.NOT_SMTP, True)
             if len(head) >= 8 or b"\n" in head:
                 self._fresh = False
-        line = self._line(AUTH_LINE if self._buffer[:5].upper() == b"AUTH " else COMMAND_LINE)
+        line = self._line(AUTH_LINE if self._buffer[:5].upper() == b"AUTH " else self._bounds.command_line)
         if line is None:
             return None
         if isinstance(line, events.Fault):
             return line
         try:
-            return self._parse(line)
+            event = self._parse(line)
         except BadChunk as bad:
+            if self._endless(bad.octets):
+                return self._give_up()
             self._chunk_failed = self._chunk_failed or self.in_transaction
             self._drop(bad.octets, bad.reply)
             return self._chunk()
-        except _Nothing:
-            return None
         except Refused as refused:
             return events.Fault(refused.reply, False)
+        return self._chunk() if event is None else event
 
-    def _parse(self, raw: bytes) -> events.Event:
+    def _parse(self, raw: bytes) -> events.Event | None:
+        """The event of a command; None where a chunk goes on."""
         if b"\0" in raw:
             raise Refused(replies.BAD_OCTET)
         try:
@@ -259,7 +269,7 @@ class ServerProtocol:
             raise Refused(replies.NO_RECIPIENTS)
         return events.Data()
 
-    def _bdat(self, argument: str) -> events.Event:
+    def _bdat(self, argument: str) -> events.Event | None:
         if not self.extensions.chunking:
             raise Refused(replies.UNRECOGNIZED)
         octets, last = parse_bdat(argument)
@@ -274,14 +284,21 @@ class ServerProtocol:
             refusal = replies.NO_RECIPIENTS
         if refusal is not None:
             raise BadChunk(refusal, octets)
+        if self._endless((self._size if self._header is not None else 0) + octets):
+            return self._give_up()
         self._chunk_left, self._chunk_last = octets, last
         if self._header is None:
             return events.BdatStart()
         self._state = State.CHUNK
-        event = self._chunk()
-        if event is None:
-            raise _Nothing
-        return event
+        return None
+
+    def _endless(self, octets: int) -> bool:
+        """Whether a message of so many octets is not worth being read to its end."""
+        return 0 < 4 * self.extensions.size < octets
+
+    def _give_up(self) -> events.Fault:
+        self._state = State.CLOSED
+        return events.Fault(replies.NO_END, True)
 
     def _drop(self, octets: int, reply: Reply) -> None:
         """Reads and drops the octets of a refused chunk: the count frames them (RFC 3030 section 4.1)."""
@@ -367,7 +384,7 @@ class ServerProtocol:
                 self._fault = replies.BARE_NEWLINE
             elif scanner.nul:
                 self._fault = Reply(550, "5.5.2", "Message contains a NUL octet")
-            elif scanner.longest > TEXT_LINE:
+            elif scanner.longest > self._bounds.text_line:
                 self._fault = replies.TEXT_LINE_TOO_LONG
         self._account(data)
         if scanner.ended:
@@ -379,10 +396,8 @@ class ServerProtocol:
                 self._queue.append(end)
                 return events.Body(data)
             return end
-        limit = self.extensions.size
-        if limit and self._size > 4 * limit:
-            self._state = State.CLOSED
-            return events.Fault(replies.NO_END, True)
+        if self._endless(self._size):
+            return self._give_up()
         if data and self._fault is None:
             return events.Body(data)
         return None
@@ -405,14 +420,13 @@ class ServerProtocol:
                 del header[end + 2:]
             else:
                 header.clear()
-        if len(header) > HEADER_SIZE:
-            # a message without a blank line is judged by its first lines only: text is no header
-            if self._header_done or header[:HEADER_SIZE].find(b":") >= 0:
+        if len(header) > self._bounds.header_size:
+            if split_header(bytes(header))[0]:  # text without a header section is all body
                 self._fault = replies.HEADER_TOO_LARGE
             self._header_done = True
         if self._header_done:
             fields = header.count(b"\n") - header.count(b"\n ") - header.count(b"\n\t")
-            if fields > HEADER_FIELDS:
+            if fields > self._bounds.header_fields:
                 self._fault = replies.HEADER_TOO_LARGE
             header.clear()
 
@@ -516,10 +530,6 @@ class ServerProtocol:
         self._end_transaction()
         self._state = State.COMMAND
         self._fresh = True
-
-
-class _Nothing(Exception):
-    """A chunk's octets have not come yet."""
 
 
 _VERBS = {

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from gmta.mail import reply as replies
 from gmta.mail.reply import Reply
 from gmta.smtp import events
+from gmta.smtp.commands import decode_xtext, encode_xtext
 from gmta.smtp.lines import ProtocolError
-from gmta.smtp.server import Extensions, ServerProtocol
+from gmta.smtp.server import Bounds, Extensions, ServerProtocol
 
 ANSWERS = {events.Mail: replies.MAIL_OK, events.Rcpt: replies.RCPT_OK, events.Data: replies.START_MAIL_INPUT, events.Quit: replies.CLOSING,
            events.ChunkEnd: replies.CHUNK_OK, events.StartTls: replies.READY_FOR_TLS}
@@ -78,6 +79,13 @@ DIALOGUES = [
     (HELLO + MAIL + RCPT + b"BDAT 3\r\nabcBDAT 3 FIRST\r\ndefBDAT 3 LAST\r\nghi" + RCPT + b"DATA\r\nRSET\r\n" + MAIL + RCPT + b"BDAT 2 LAST\r\nok",
      "250 250 250 250 501 503 503 503 250 250 250 250", b"abcok"),
     (HELLO + MAIL + RCPT + b"BDAT 3\r\nabc" + RCPT + b"BDAT 0 LAST\r\n", "250 250 250 250 503 250", b"abc"),
+    (b"EHLO [192.0.2.77\r\nEHLO [192.0.2.77]\r\n", "501 250", b""),
+    # RFC 3461 section 4: xtext stands for octets, here those of UTF-8
+    (HELLO + b"MAIL FROM:<a@b.test> ENVID=a+FF\r\nMAIL FROM:<a@b.test> ENVID=a+C3+A9\r\n", "250 501 250", b""),
+    # chunks that can't end within four times the size limit (100,000 here): not read to their end, whoever asked for them
+    (HELLO + b"BDAT 400001\r\nNOOP\r\n", "250 421", b""),
+    (HELLO + MAIL + RCPT + b"BDAT 400001 LAST\r\nNOOP\r\n", "250 250 250 421", b""),
+    (HELLO + MAIL + RCPT + b"BDAT 3\r\nabcBDAT 399998\r\nNOOP\r\n", "250 250 250 250 421", b"abc"),
     (HELLO + MAIL + RCPT + b"DATA\r\na\nb\r\n.\r\n" + HELLO, "250 250 250 354 550", None),
     (HELLO + MAIL + RCPT + b"DATA\r\na\0b\r\n.\r\nNOOP\r\n", "250 250 250 354 550 250", None),
     (HELLO + b"STARTTLS now\r\nAUTH PLAIN AAAA\r\nHELP\r\n", "250 501 502 250", b""),
@@ -128,3 +136,31 @@ def test_any_octets_give_wellformed_replies_whatever_the_chunking(parts):
     for line in whole[0].split(b"\r\n")[:-1]:
         Reply.parse([line])
     assert play([bytes([octet]) for octet in wire])[0] == whole[0]
+
+
+def test_xtext_there_and_back():
+    for text in ("a+b=c", "\u00e9\u20ac", "plain"):
+        assert decode_xtext(encode_xtext(text), "ENVID") == text
+
+
+def test_a_refused_chunk_counts_as_data_until_it_is_in():
+    server = ServerProtocol(Extensions(size=100000), "mx")
+    server.receive_data(HELLO + b"BDAT 9 LAST\r\nMAIL")
+    server.next_event()
+    server.reply(replies.OK)
+    assert server.next_event() is None
+    assert server.in_data
+
+
+def test_text_without_a_header_section_has_no_header_bound():
+    wire = HELLO + MAIL + RCPT + b"DATA\r\n" + b"no field here\r\n" * 9 + b".\r\nNOOP\r\n"
+    for pieces in chunkings(wire):
+        assert codes(play(pieces, bounds=Bounds(header_size=11))[0]) == "250 250 250 354 250 250"
+
+
+def test_bounds_are_the_caller_s():
+    wire = HELLO + MAIL + RCPT + b"DATA\r\nA: 1\r\nB: 2\r\n\r\n" + b"x" * 50 + b"\r\n.\r\nNOOP\r\n"
+    for bounds, code in ((Bounds(), "250"), (Bounds(text_line=49), "552"), (Bounds(header_size=11), "552"), (Bounds(header_fields=1), "552"),
+                         (Bounds(text_line=50, header_size=12, header_fields=2), "250")):
+        for pieces in chunkings(wire):
+            assert codes(play(pieces, bounds=bounds)[0]) == f"250 250 250 354 {code} 250", (bounds, pieces)
