@@ -33,6 +33,7 @@ _ENV = re.compile(r"\$(\$)?\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(?:I?B)?)", re.I)
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?\s*(?:ms|[smhdw])\s*)+|\d+(?:\.\d+)?", re.I)
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])?", re.I)
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d*)\s*([smhd])\w*\s*\Z")
 _UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -359,10 +360,18 @@ def _zero(value: Any) -> Any:
     return 0 if value == "auto" else value
 
 
-def _rate(value: str | None) -> str | None:
-    """A number of deliveries a second, minute or hour."""
-    if value and (re.fullmatch(r"\d+(\.\d+)?\s*(/\s*[smh])?", value.strip()) is None or not value.strip("0./smh \t")):
+def rate_gap(rate: str | None) -> float:
+    """Seconds between deliveries for a rate such as 10/s, 600/m, 20/min or 20/5m; 0 for none. Raises ValueError."""
+    if not rate:
+        return 0.0
+    match = _RATE.match(rate)
+    if match is None or not float(match[1]) or match[2] == "0":
         raise ValueError("a rate such as 10/s, 600/m or 1000/h")
+    return int(match[2] or 1) * _UNITS_S[match[3]] / float(match[1])
+
+
+def _rate(value: str | None) -> str | None:
+    rate_gap(value)
     return value
 
 

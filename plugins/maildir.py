@@ -12,7 +12,6 @@ intake's commits get the disk first. The rest of the message is as it came, belo
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -23,11 +22,10 @@ import gmta
 from gmta import PluginConfig, hookimpl
 from gmta.mail.address import Address
 from gmta.mail.message import Message
-from gmta.services.batch import Batch
+from gmta.services.files import NO_ROOM, sync_directory, write_all
 
 LINGER_S = 0.010
 BATCH = 32
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DONE = gmta.delivered("Delivered to mailbox", enhanced="2.1.5")
 
 
@@ -67,13 +65,13 @@ class Maildir:
             raise ValueError(f"path: expected only {{local}}, {{domain}}, {{user}} and {{detail}} in braces ({error})") from error
         self._host = services.hostname.replace("/", "\\057").replace(":", "\\072")
         self._known: set[str] = set()  # touched by the native thread alone
-        self._batch: Batch | None = None
+        self._batch: Any = None
 
     def deliver(self, delivery: Any) -> dict[int, gmta.Outcome]:
         """Writes a file a recipient."""
         batch = self._batch
         if batch is None:
-            batch = self._batch = Batch(self._write_all, max_items=BATCH, linger_s=LINGER_S, name=self.name)
+            batch = self._batch = self._services.batch(f"maildir:{self.name}", self._write_all, max_items=BATCH, linger_s=LINGER_S)
         outcomes = {}
         for recipient in delivery.recipients:
             try:
@@ -83,11 +81,6 @@ class Maildir:
             else:
                 outcomes[recipient.number] = _DONE
         return outcomes
-
-    def close(self) -> None:
-        """Ends the native thread."""
-        if self._batch is not None:
-            self._batch.close()
 
     def _item(self, delivery: Any, recipient: Any) -> Item:
         envelope = delivery.envelope
@@ -142,9 +135,7 @@ class Maildir:
         try:
             try:
                 for piece in _content(item):
-                    view = memoryview(piece)
-                    while view:
-                        view = view[os.write(file, view):]
+                    write_all(file, piece)
                 os.fsync(file)
             finally:
                 os.close(file)
@@ -219,19 +210,10 @@ def safe(text: str) -> str:
     return "%2E" + out[1:] if out.startswith(".") else out
 
 
-def sync_directory(path: str) -> None:
-    """fsync of a directory; raises OSError."""
-    file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def _outcome(error: OSError) -> gmta.Outcome:
     """What a fault of the file system means: always another try, never a loss."""
     text = f"Mailbox can't be written: {error.strerror or 'I/O error'}"
-    if error.errno in _NO_ROOM:
+    if error.errno in NO_ROOM:
         return gmta.deferred(text, code=452, enhanced="4.3.1")
     return gmta.deferred(text, enhanced="4.3.0")
 

@@ -9,13 +9,14 @@ connections of the lane still succeed, its concurrency shrinks instead. An excep
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
 
 import gevent
 from gevent.queue import SimpleQueue
+
+from gmta.config import rate_gap
 
 DEFAULT_CONCURRENCY = 20
 _IDLE_LANE_S = 60.0
@@ -226,17 +227,3 @@ class Lanes:
             workers += lane.workers
         gevent.joinall(workers, timeout=timeout_s)
         gevent.killall([worker for worker in workers if not worker.dead], timeout=2)
-
-
-_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d*)\s*([smhd])\w*\s*\Z")
-_UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def rate_gap(rate: str | None) -> float:
-    """Seconds between jobs for a rate such as 10/s, 600/m or 20/5m; 0 for none. Raises ValueError."""
-    if not rate:
-        return 0.0
-    match = _RATE.match(rate)
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"rate {rate!r}: expected a number a time, like 10/s or 600/m")
-    return int(match[2] or 1) * _UNIT_S[match[3]] / float(match[1])

@@ -93,10 +93,6 @@ class Scheduler:
         if self._loop is not None:
             self._loop.kill()
         self.lanes.stop(timeout_s)
-        for transport in self._transports.values():
-            close = getattr(transport, "close", None)
-            if close is not None:
-                close()
 
     @property
     def in_memory(self) -> int:

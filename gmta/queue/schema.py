@@ -62,15 +62,6 @@ def shard_path(directory: str, number: int, kind: str) -> str:
     return os.path.join(directory, f"shard-{number:03d}.{kind}")
 
 
-def sync_directory(path: str) -> None:
-    """Makes names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def storable(text: str) -> str:
     """Text that SQLite takes: lone surrogates escaped."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

@@ -25,6 +25,7 @@ from gmta.queue import schema
 from gmta.queue.ids import ID, TAG_LENGTH, time_prefix
 from gmta.queue.store import Event, Settlement, StoreError, StoreFull
 from gmta.services.batch import Batch, BatchClosed, call_each
+from gmta.services.files import NO_ROOM, sync_directory, write_all
 from gmta.services.log import Log
 
 ROWS = 64  # rows a statement
@@ -93,7 +94,7 @@ class SqliteStore:
         self._purged_at = 0.0
         self._closed = False
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        schema.sync_directory(os.path.dirname(os.path.abspath(directory)))
+        sync_directory(os.path.dirname(os.path.abspath(directory)))
         self._primary = self._take()
         self._shards = [self._primary]
         self._writer = Batch(self._run, max_items=512, name="queue")
@@ -137,7 +138,7 @@ class SqliteStore:
                     if os.path.exists(path + suffix):
                         self._set_aside(path + suffix)
                 connection = schema.connect(path, create=True)
-            schema.sync_directory(self._directory)
+            sync_directory(self._directory)
             return _Shard(number, lock, connection, spool)
         except (OSError, sqlite3.Error) as error:
             os.close(lock)
@@ -285,21 +286,19 @@ class SqliteStore:
             if body.path != path:
                 with open(path, "wb", buffering=0) as file:
                     for piece in body.chunks():
-                        view = memoryview(piece)
-                        while view:
-                            view = view[file.write(view):]
+                        write_all(file.fileno(), piece)
                 body.path, body.offset = path, 0
             fd = os.open(path, os.O_RDONLY)
             try:
                 os.fdatasync(fd)
             finally:
                 os.close(fd)
-            schema.sync_directory(os.path.dirname(path))
+            sync_directory(os.path.dirname(path))
 
         try:
             self._files.submit(sync)
         except (OSError, BatchClosed) as error:
-            raise (StoreFull if getattr(error, "errno", 0) in (28, 122) else StoreError)(str(error)) from error
+            raise (StoreFull if getattr(error, "errno", 0) in NO_ROOM else StoreError)(str(error)) from error
 
     def _unclaim(self, queue_id: str, numbers: Iterable[int]) -> None:
         claim = self._claims.get(queue_id)
@@ -424,10 +423,13 @@ class SqliteStore:
                 _insert(connection, "INSERT INTO message VALUES ", messages)
                 _insert(connection, "INSERT INTO recipient VALUES ", recipients)
                 _insert(connection, "INSERT OR IGNORE INTO event VALUES ", events)
-                if updates:  # existing rows only: what an operator deleted stays deleted, what he held stays held
+                if updates:  # existing rows only: what an operator deleted, held or bounced meanwhile stays so
                     connection.executemany(
                         "UPDATE recipient SET status = CASE WHEN status = 'held' AND ?1 = 'queued' THEN 'held' ELSE ?1 END, "
-                        "attempts = ?2, next_attempt_at = ?3, transport = ?4, next_hop = ?5, lane = ?6, last_reply = ?7, warned = ?8 "
+                        "attempts = ?2, next_attempt_at = CASE WHEN transport = 'fail' THEN next_attempt_at ELSE ?3 END, "
+                        "transport = CASE WHEN transport = 'fail' THEN transport ELSE ?4 END, "
+                        "next_hop = CASE WHEN transport = 'fail' THEN next_hop ELSE ?5 END, "
+                        "lane = CASE WHEN transport = 'fail' THEN lane ELSE ?6 END, last_reply = ?7, warned = ?8 "
                         "WHERE message = ?9 AND number = ?10", updates)
                 for queue_id in doubtful:
                     if connection.execute("SELECT 1 FROM recipient WHERE message = ? AND status IN ('queued', 'held')",

@@ -7,7 +7,6 @@ a refused message's spool file is removed.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,6 @@ import gevent
 
 from gmta.hookspecs import Credentials
 from gmta.mail import reply as replies
-from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import FileBody, Message, split_header
 from gmta.mail.reply import Reply
@@ -25,6 +23,7 @@ from gmta.mail.trace import authentication_results, drop_forged, received
 from gmta.mail.verdict import Kind, Verdict, verdict_reply
 from gmta.plugins import PluginFailure
 from gmta.queue.store import Event, Store, StoreError, StoreFull
+from gmta.services.files import NO_ROOM, write_all
 from gmta.smtp import events, sasl
 
 MEMORY = 64 * 1024  # octets of a message kept in memory; past that it goes to a file
@@ -137,10 +136,7 @@ class Reception:
                 return self._tell("rcpt", replies.RECIPIENT_FLOOD)
             return replies.TOO_MANY_RECIPIENTS
         recipient = Recipient(event.recipient, notify=event.notify, orcpt=event.orcpt)
-        try:
-            verdict = pipeline.plugins.permit("permit_rcpt", self.session, transaction, recipient)
-        except PluginFailure as failure:
-            return self._tell("rcpt", failure.reply)
+        verdict = pipeline.plugins.permit("permit_rcpt", self.session, transaction, recipient)
         if verdict is None:
             return self._tell("rcpt", replies.NOT_PERMITTED)
         refusal = self._refusal("rcpt", verdict) or self._check("check_rcpt", self.session, transaction, recipient)
@@ -180,10 +176,7 @@ class Reception:
         self._exchange = None
         if authorization not in ("", user):  # nobody speaks for somebody else
             return self._tell("auth", replies.AUTH_FAILED)
-        try:
-            verdict = self.pipeline.plugins.permit("permit_auth", self.session, Credentials(mechanism, user, secret, authorization))
-        except PluginFailure as failure:
-            return self._tell("auth", failure.reply if failure.reply.code != 451 else replies.AUTH_TEMPORARY)
+        verdict = self.pipeline.plugins.permit("permit_auth", self.session, Credentials(mechanism, user, secret, authorization))
         if verdict is None:
             return self._tell("auth", replies.AUTH_FAILED)
         refusal = self._refusal("auth", verdict)
@@ -209,7 +202,7 @@ class Reception:
         try:
             self._keep(data)
         except (StoreError, OSError) as error:
-            full = isinstance(error, StoreFull) or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+            full = isinstance(error, StoreFull) or getattr(error, "errno", 0) in NO_ROOM
             self._failure = replies.STORE_FULL if full else replies.LOCAL_ERROR
             self.pipeline.services.log.error("can't spool", session=self.session.id, error=str(error))
 
@@ -226,7 +219,7 @@ class Reception:
             self._pieces.clear()
             self._written = 0
         self._written += len(data)
-        error = gevent.get_hub().threadpool.apply(_write_all, (self._file, data))
+        error = gevent.get_hub().threadpool.apply(_spool, (self._file, data))
         if error is not None:
             raise error
 
@@ -283,8 +276,11 @@ class Reception:
         if plugins.has("check_message"):
             answer = plugins.check("check_message", session, transaction, message)
             if isinstance(answer, dict):
-                refused = {who: verdict for who, verdict in answer.items() if verdict.kind is not Kind.ACCEPT}
-                answer = next(iter(refused.values())) if len(refused) >= len(transaction.recipients) else None
+                refused = answer
+                # one reply for all (RFC 5321 section 4.1.1.4): what may be tried again, or is everybody's, is the whole message's
+                whole = [verdict for verdict in refused.values() if verdict.kind is not Kind.REJECT]
+                everybody = refused.keys() >= set(transaction.recipients)
+                answer = next(iter(whole or refused.values())) if whole or everybody else None
             refusal = self._refusal("message", answer)
             if refusal is not None:
                 return refusal
@@ -324,25 +320,21 @@ class Reception:
         if session.tls is not None:
             facts["tls"] = f"{session.tls.version} {session.tls.cipher}"
         states = []
-        once = {(recipient.address, recipient.transport): recipient for recipient in reversed(transaction.recipients)}
-        for number, recipient in enumerate(reversed(once.values())):  # named twice, delivered once, in the order given
+        once: dict[Any, Recipient] = {}
+        for recipient in transaction.recipients:  # named twice, delivered once
+            once.setdefault((recipient.address, recipient.transport), recipient)
+        for number, recipient in enumerate(once.values()):
             transport = "fail" if recipient in refused else recipient.transport or ""
-            states.append(RecipientState(number, recipient.address, _original(recipient.original), recipient.orcpt, recipient.notify,
+            states.append(RecipientState(number, recipient.address, str(recipient.original), recipient.orcpt, recipient.notify,
                                          transport, fixed_transport=bool(transport), next_attempt_at=now))
         return Envelope(transaction.id, transaction.sender, states, message.size, now, transaction.ret, transaction.envid,
                         transaction.body, transaction.smtputf8, facts, sorted(transaction.tags))
 
 
-def _original(address: Address) -> str:
-    return str(address)
-
-
-def _write_all(descriptor: int, data: bytes) -> OSError | None:
+def _spool(descriptor: int, data: bytes) -> OSError | None:
     """Runs in a native thread; an error is given back, since the pool would print it."""
-    view = memoryview(data)
     try:
-        while view:
-            view = view[os.write(descriptor, view):]
+        write_all(descriptor, data)
     except OSError as error:
         return error
     return None

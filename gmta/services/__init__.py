@@ -38,17 +38,18 @@ class Services:
 
         return gevent.spawn(function, *args)
 
-    def batch(self, name: str, run: Callable[[list[Any]], list[Any]] | None = None, *, max_items: int = 32) -> Batch:
+    def batch(self, name: str, run: Callable[[list[Any]], list[Any]] | None = None, *, max_items: int = 32,
+              linger_s: float = 0.0) -> Batch:
         """The Batch of that name, one native thread, made at the first call.
 
-        run: what it does with a list of items; without one, items are callables without arguments, run one after another.
+        linger_s: how long the first item waits for company.  run: what it does with a list of items; without one, items are callables without arguments, run one after another.
         The first call for a name decides.
         """
         batch = self._batches.get(name)
         if batch is None:
             from gmta.services.batch import Batch, call_each
 
-            batch = self._batches[name] = Batch(call_each if run is None else run, max_items=max_items, name=name)
+            batch = self._batches[name] = Batch(call_each if run is None else run, max_items=max_items, linger_s=linger_s, name=name)
         return batch
 
     def close(self) -> None:

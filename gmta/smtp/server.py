@@ -426,7 +426,7 @@ class ServerProtocol:
             self._header_done = True
         if self._header_done:
             fields = header.count(b"\n") - header.count(b"\n ") - header.count(b"\n\t")
-            if fields > self._bounds.header_fields:
+            if fields > self._bounds.header_fields and split_header(bytes(header))[0]:
                 self._fault = replies.HEADER_TOO_LARGE
             header.clear()
 

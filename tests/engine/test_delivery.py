@@ -11,7 +11,7 @@ import gevent
 import pytest
 from gevent.event import Event as Signal
 
-from gmta.deliver.lanes import rate_gap
+from gmta.config import rate_gap
 from gmta.deliver.router import HELD_ROUTE, Router
 from gmta.deliver.scheduler import Scheduler
 from gmta.mail.address import Address
@@ -157,7 +157,7 @@ def test_plugin_and_fixed_transport_come_first() -> None:
     assert route("x@o.example", hooks={"get_route": lambda *_: "nonsense"}).status is Status.DEFERRED
 
 
-@pytest.mark.parametrize(("text", "gap"), [(None, 0.0), ("10/s", 0.1), ("60/m", 1.0), ("1/5m", 300.0)])
+@pytest.mark.parametrize(("text", "gap"), [(None, 0.0), ("10/s", 0.1), ("60/m", 1.0), ("1/5m", 300.0), ("20/min", 3.0)])
 def test_rate(text: str | None, gap: float) -> None:
     assert rate_gap(text) == gap
 

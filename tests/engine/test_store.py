@@ -141,3 +141,18 @@ def test_operator_wins_over_results_in_flight(tmp_path: Path) -> None:
     assert b"".join(admin.cat(kept.id) or ()) == MESSAGE and admin.stats()["messages"] == 1
     admin.close()
     store.close()
+
+
+def test_a_bounce_outlives_a_deferral_in_flight(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    env = envelope("x")
+    store.put(env, Message.from_bytes(MESSAGE))
+    admin = QueueAdmin(str(tmp_path))
+    assert admin.bounce([env.id]) == 1
+    admin.close()
+    (recipient,) = env.recipients
+    recipient.transport, recipient.attempts, recipient.next_attempt_at = "outbound", 1, 900.0
+    store.record(Settlement(env, [recipient]))
+    (found,) = store.due(100.0, 10)
+    assert (found.recipients[0].transport, found.recipients[0].fixed_transport, found.recipients[0].attempts) == ("fail", True, 1)
+    store.close()

@@ -16,6 +16,9 @@ from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import FileBody, Message
 from gmta.mail.verdict import Status
+from gmta.services import Services
+from gmta.services.log import NullLog
+from gmta.services.metrics import Metrics
 from gmta_plugins.maildir import Maildir, safe
 
 RAW = b"Subject: x\r\n\r\n.dot\r\nbody\r\n"
@@ -23,10 +26,10 @@ RAW = b"Subject: x\r\n\r\n.dot\r\nbody\r\n"
 
 @pytest.fixture
 def transport(tmp_path: Path) -> Iterator[Maildir]:
-    services = SimpleNamespace(hostname="mx.example", config=SimpleNamespace(base=str(tmp_path)))
+    services = Services(SimpleNamespace(base=str(tmp_path)), NullLog(), Metrics(), hostname="mx.example")
     made = Maildir("mailbox", Maildir.Config(path="{domain}/{local}"), services)
     yield made
-    made.close()
+    services.close()
 
 
 def delivery(*addresses: Address, message: Message | None = None, first: bool = True, sender: str = "a@b.example") -> Any:
