@@ -38,6 +38,9 @@ _UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
+EX_CONFIG = 78  # sysexits: the configuration is wrong, trying again does not help
+
+
 class ConfigError(Exception):
     """The configuration can't be used; `errors` has one line for each thing that is wrong."""
 
@@ -398,6 +401,17 @@ class Gmta(CoreSection):
     include: list[str] = Field([], description="files read as well, such as conf.d/*.ini")
 
 
+def _absent(default: Any) -> Any:
+    """Refuses another value than the default of a key whose work is not there yet: taken and ignored it would mislead."""
+
+    def check(value: Any) -> Any:
+        if value != default:
+            raise ValueError(f"{'no' if default is False else default} (nothing else is available in this version)")
+        return value
+
+    return AfterValidator(check)
+
+
 class Listener(CoreSection):
     """[listener:NAME]"""
 
@@ -405,8 +419,8 @@ class Listener(CoreSection):
     role: Literal["mx", "submission"] = "mx"
     tls: Literal["starttls", "implicit", "off"] = "starttls"
     auth_required: bool | None = Field(None, description="default: yes for submission")
-    bare_newline: Literal["reject", "normalize"] = "reject"
-    proxy_protocol: bool = False
+    bare_newline: Annotated[Literal["reject", "normalize"], _absent("reject")] = "reject"
+    proxy_protocol: Annotated[bool, _absent(False)] = False
 
 
 class Tls(CoreSection):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,12 +18,11 @@ import sys
 import time
 from typing import Any
 
-from gmta.config import Config, ConfigError, load
+from gmta.config import EX_CONFIG, Config, ConfigError, load
 
 HEARTBEAT_S = 30.0
 STOP_S = 40.0
 READY_S = 20.0
-EX_CONFIG = 78
 
 
 class Process:
@@ -116,6 +116,7 @@ class Supervisor:
 
             account = pwd.getpwnam(self.config.gmta.user)
             os.chown(data_dir, account.pw_uid, account.pw_gid)
+        shutil.rmtree(os.path.join(data_dir, "metrics"), ignore_errors=True)  # series of processes of former runs
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_read, False)
         os.set_blocking(wake_write, False)

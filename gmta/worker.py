@@ -19,7 +19,7 @@ from typing import Any  # noqa: E402
 import gevent  # noqa: E402
 from gevent.event import Event as Flag  # noqa: E402
 
-from gmta.config import Config, ConfigError  # noqa: E402
+from gmta.config import EX_CONFIG, Config, ConfigError  # noqa: E402
 from gmta.deliver.scheduler import Scheduler  # noqa: E402
 from gmta.mail.session import Session  # noqa: E402
 from gmta.plugins import PluginManager  # noqa: E402
@@ -31,10 +31,9 @@ from gmta.receive.pipeline import Pipeline  # noqa: E402
 from gmta.services import Services  # noqa: E402
 from gmta.services.log import Log  # noqa: E402
 from gmta.services.metrics import Metrics  # noqa: E402
-from gmta.services.tls import server_context  # noqa: E402
+from gmta.services.tls import TlsError, server_context  # noqa: E402
 
 DRAIN_S = 30.0
-EX_CONFIG = 78
 
 
 class Worker:
@@ -44,7 +43,7 @@ class Worker:
         self.config = config
         self.number = number
         self.log = Log(config.gmta.log_level, config.gmta.log_format, config.gmta.log_file or None)
-        self.metrics = Metrics()
+        self.metrics = Metrics(config.metrics.address, os.path.join(config.gmta.data_dir, "metrics"))
         self.services = Services(config, self.log, self.metrics)
         self.plugins = PluginManager(config, self.services, self.log, self.metrics)
         self.ids = IdSource(self.services.clock)
@@ -58,7 +57,8 @@ class Worker:
         self._stopping = Flag()
         self._serial = 0
         tls = config.tls
-        self._tls = server_context(tls.certificate, tls.key or None, tls.minimum_version) if tls.certificate else None
+        names = {name: (other.certificate, other.key) for name, other in config.tls_names.items()}
+        self._tls = server_context(tls.certificate, tls.key or None, tls.minimum_version, names) if tls.certificate else None
 
     def run(self, beat: int, life: int) -> None:
         """Serves until SIGTERM or until the supervisor is gone. beat: pipe to write to; life: pipe that ends with the supervisor."""
@@ -74,6 +74,8 @@ class Worker:
             os.set_blocking(beat, False)
             os.write(beat, b"r")
             gevent.spawn(self._beat, beat)
+        if self.number == 0 and self.metrics.enabled:
+            gevent.spawn(self._export)
         self.plugins.on("on_worker_started", self)
         self.log.info("worker started", worker=self.number, pid=os.getpid())
         self._stopping.wait()
@@ -84,6 +86,7 @@ class Worker:
         self.store.close()
         self.plugins.close()
         self.services.close()
+        self.metrics.close()
         self.log.info("worker stopped", worker=self.number, pid=os.getpid())
 
     def _drain(self) -> None:
@@ -107,6 +110,16 @@ class Worker:
                 pass
             except OSError:
                 return
+
+    def _export(self) -> None:
+        """Serves the metrics of all workers, as soon as the worker before this one has let the address go."""
+        while True:
+            try:
+                self.metrics.serve()
+                return
+            except OSError as error:
+                self.log.warning("metrics address is taken", error=str(error))
+            gevent.sleep(1.0)
 
     def _accept(self, name: str, listening: Any) -> None:
         listener = self.config.listeners[name]
@@ -153,6 +166,9 @@ def main() -> int:
         worker = Worker(config, sockets, given["number"])
     except ConfigError as error:
         print("\n".join(error.errors), file=sys.stderr)
+        return EX_CONFIG
+    except TlsError as error:
+        print(f"[tls]: {error}", file=sys.stderr)
         return EX_CONFIG
     worker.run(given["beat"], given["life"])
     return 0

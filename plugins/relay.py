@@ -21,9 +21,10 @@ from pydantic import Field
 
 import gmta
 from gmta import PluginConfig, hookimpl
-from gmta.deliver.client import ConnectionFailed, Pool, Settings, SmtpClient, TlsFailed, green_context
+from gmta.deliver.client import ConnectionFailed, Pool, Settings, SmtpClient, TlsFailed
 from gmta.hookspecs import Duration
 from gmta.mail.address import Address, AddressError, literal_ip
+from gmta.services.tls import client_context
 
 MAX_HOSTS = 10  # addresses tried in one attempt
 
@@ -73,7 +74,7 @@ class Relay:
         self._settings = Settings(
             services.hostname, self.lmtp, config.tls, config.username, config.password, config.connect_timeout,
             config.greeting_timeout, config.command_timeout, config.data_timeout, config.idle_timeout)
-        self._context = green_context()
+        self._context = client_context()
         self._pool = Pool(config.idle_timeout, services.clock, services.spawn)
         self._resolver: dns.resolver.Resolver | None = None
 

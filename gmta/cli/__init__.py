@@ -10,10 +10,8 @@ from typing import Any
 import click
 
 import gmta
-from gmta.config import Config, ConfigError, load
+from gmta.config import EX_CONFIG, Config, ConfigError, load
 from gmta.queue.admin import QueueAdmin
-
-EX_CONFIG = 78
 
 config_option = click.option("-c", "--config", "path", metavar="FILE", help="configuration; default $GMTA_CONFIG, ./config.ini, /etc/gmta/config.ini")
 json_option = click.option("--json", "as_json", is_flag=True, help="print JSON")

@@ -17,7 +17,6 @@ from typing import Any
 
 import gevent
 from gevent import socket
-from gevent.ssl import SSLContext as GreenContext
 
 from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState
@@ -140,7 +139,10 @@ class SmtpClient:
                 outcome = self._lost(f"TLS handshake with {self.remote} failed: {error}"[:300], "4.7.5").outcome
                 raise TlsFailed(outcome) from error
         self.tls = True
-        self._protocol = ClientProtocol(greeted=True)  # RFC 3207 section 4.2: forget what was said in clear
+        try:
+            self._protocol.tls_started()
+        except ProtocolError as error:
+            raise self._lost(f"{self.remote}: {error}", "4.7.0") from error
         self._hello()
 
     def _authenticate(self) -> None:
@@ -453,15 +455,6 @@ class Pool:
             for client in clients:
                 client.quit()
         self._idle.clear()
-
-
-def green_context() -> ssl.SSLContext:
-    """A client context whose sockets yield to the loop; it verifies nothing (opportunistic TLS, RFC 7435)."""
-    context = GreenContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def _wire(address: Address, utf8: bool) -> Address:

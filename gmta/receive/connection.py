@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import gevent
-from gevent import ssl as gevent_ssl
 
 from gmta.mail import reply as replies
 from gmta.mail.reply import Reply
@@ -34,8 +33,8 @@ class Hangup(Exception):
 class Connection:
     """Serves one accepted socket until it is over."""
 
-    __slots__ = ("_clock", "_data_since", "_errors", "_limits", "_listener", "_out", "_pipeline", "_protocol", "_reception", "_socket",
-                 "_tls", "busy", "session")
+    __slots__ = ("_auth_failures", "_clock", "_data_octets", "_data_since", "_deadline", "_errors", "_limits", "_listener", "_out",
+                 "_pipeline", "_reception", "_socket", "_tls", "busy", "session")
 
     def __init__(self, sock: Any, session: Session, listener: Any, pipeline: Pipeline, tls: Any, limits: ConnectionLimits) -> None:
         self._socket = sock
@@ -46,15 +45,19 @@ class Connection:
         self._limits = limits
         self._clock = time.monotonic
         self._errors = 0
+        self._auth_failures = 0
         self._data_since = 0.0
+        self._data_octets = 0
+        self._deadline = 0.0
         self._out: list[bytes] = []
         self._reception = Reception(pipeline, session)
         self.busy = False
-        self._protocol: ServerProtocol | None = None
 
     def run(self, admitted: bool) -> str:
         """The whole life of the connection; gives the reason for its end."""
         reason = "lost"
+        plugins = self._pipeline.plugins
+        opened = False
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if not admitted:
@@ -62,13 +65,13 @@ class Connection:
                 return "refused"
             if self._listener.tls == "implicit":
                 self._handshake()
+            opened = True
             refusal = self._reception.connected()
             if refusal is not None:
                 self._last_word(refusal)
                 return "refused"
-            self._protocol = self._new_protocol()
-            self._socket.sendall(Reply(220, None, f"{self._pipeline.hostname} ESMTP gmta").wire())
-            reason = self._talk(self._protocol)
+            self._out.append(Reply(220, None, f"{self._pipeline.hostname} ESMTP gmta").wire())
+            reason = self._talk(self._new_protocol())
         except Hangup as over:
             reason = str(over)
         except (OSError, gevent.Timeout) as error:
@@ -76,8 +79,8 @@ class Connection:
         finally:
             self._reception.forget()
             self._close()
-            if self._pipeline.plugins.has("on_session_closed"):
-                self._pipeline.plugins.on("on_session_closed", self.session, reason)
+            if opened and plugins.has("on_session_closed"):
+                plugins.on("on_session_closed", self.session, reason)
         return reason
 
     def shut_down(self) -> bool:
@@ -91,15 +94,24 @@ class Connection:
         return True
 
     def _new_protocol(self) -> ServerProtocol:
-        listener, session = self._listener, self.session
-        auth = ("PLAIN", "LOGIN") if self._pipeline.plugins.has("permit_auth") else ()
-        clear = session.tls is None and not session.peer_ip.startswith("127.")
-        extensions = Extensions(size=self._pipeline.size_limit(session), starttls=self._tls is not None and session.tls is None,
-                                auth=() if clear else auth, rcpt_max=self._pipeline.recipients)
-        return ServerProtocol(extensions, self._pipeline.hostname, require_auth=bool(listener.auth_required))
+        pipeline = self._pipeline
+        extensions = Extensions(rcpt_max=pipeline.recipients)
+        protocol = ServerProtocol(extensions, pipeline.hostname, require_auth=bool(self._listener.auth_required), bounds=pipeline.bounds)
+        protocol.tls = self.session.tls is not None
+        return protocol
+
+    def _offer(self, extensions: Extensions) -> None:
+        """Sets what depends on how far the session has come: size limit, STARTTLS, AUTH (under TLS only: RFC 4954 section 4)."""
+        clear = self.session.tls is None
+        auth = self._pipeline.plugins.has("permit_auth")
+        extensions.size = self._pipeline.size_limit(self.session)
+        extensions.starttls = clear and self._tls is not None
+        extensions.auth_needs_tls = auth
+        extensions.auth = ("PLAIN", "LOGIN") if auth and not clear else ()
 
     def _talk(self, protocol: ServerProtocol) -> str:
         reception, out, limits = self._reception, self._out, self._pipeline.config.limits
+        self._offer(protocol.extensions)
         while True:
             event = protocol.next_event()
             if event is None:
@@ -121,11 +133,14 @@ class Connection:
                 self._flush()
                 self._handshake()
                 protocol.tls_started()
-                protocol.extensions.starttls = False
-                protocol.extensions.auth = ("PLAIN", "LOGIN") if self._pipeline.plugins.has("permit_auth") else ()
+                self._offer(protocol.extensions)
                 continue
             out.append(protocol.reply(reply))
-            if reply.code >= 400:
+            if type(event) is events.BodyEnd:
+                self._data_since = 0.0  # the next message has a deadline of its own, pipelined or not
+            if reply.code == 235:
+                self._offer(protocol.extensions)
+            elif reply.code >= 400:
                 close = self._count_error(reply, limits) or close
             if close:
                 self._flush()
@@ -134,11 +149,11 @@ class Connection:
 
     def _count_error(self, reply: Reply, limits: Any) -> bool:
         """Counts a refused command; True when it was one too many (the last word is then in the output)."""
-        self._errors += 1
         if reply.transient and reply.code != 421:
-            self._errors -= 1  # not the client's doing
-            return False
-        if self._errors >= limits.errors_per_session:
+            return False  # not the client's doing
+        self._errors += 1
+        self._auth_failures += reply.code == 535
+        if self._errors >= limits.errors_per_session or self._auth_failures >= limits.auth_failures:
             self._out.append(replies.TOO_MANY_ERRORS.wire())
             return True
         if self._errors > limits.error_delay_from > 0:
@@ -147,45 +162,36 @@ class Connection:
         return False
 
     def _receive(self, protocol: ServerProtocol, limits: Any) -> bytes:
-        """The next octets within the deadline of the phase; raises Hangup."""
+        """The next octets within the deadline of the phase; raises Hangup.
+
+        A command has one deadline as a whole, and so has a message; a message has a least rate besides (RFC 5321 section 4.5.3.2).
+        """
         now = self._clock()
         if protocol.in_data:
             if not self._data_since:
-                self._data_since = now
-            left = self._data_since + limits.data_timeout - now
-            timeout = min(left, limits.command_timeout, limits.data_timeout)
-            size = RECEIVE_DATA
+                self._data_since, self._data_octets = now, 0
+                self._deadline = now + limits.data_timeout
+            elapsed_s = now - self._data_since
+            if elapsed_s > limits.data_rate_after and self._data_octets < elapsed_s * limits.data_rate:
+                self._last_word(replies.TOO_SLOW)
+                raise Hangup("too slow")
+            wait_s, size = limits.data_rate_after, RECEIVE_DATA  # to look at the rate again
         else:
-            self._data_since = 0.0
-            timeout = limits.command_timeout_pressure if self._limits.pressed else limits.command_timeout
-            if protocol.buffered:  # a command begun: its deadline is a whole one, not one an octet
-                return self._receive_rest(protocol, timeout)
-            left, size = timeout, RECEIVE
+            wait_s, size = limits.command_timeout_pressure if self._limits.pressed else limits.command_timeout, RECEIVE
+            if self._data_since or not protocol.buffered:
+                self._data_since, self._deadline = 0.0, now + wait_s
         try:
-            self._socket.settimeout(max(0.001, min(left, timeout)))
+            self._socket.settimeout(max(0.001, min(wait_s, self._deadline - now)))
             data: bytes = self._socket.recv(size)
         except TimeoutError:
+            if protocol.in_data and self._clock() < self._deadline:
+                return b""  # nothing came: the rate decides
             self._last_word(replies.TIMED_OUT)
             raise Hangup("timeout") from None
         if not data:
             raise Hangup("lost")
+        self._data_octets += len(data)
         return data
-
-    def _receive_rest(self, protocol: ServerProtocol, timeout: float) -> bytes:
-        """The rest of a command line that came in part; all of it within one deadline."""
-        end = self._clock() + timeout
-        got = b""
-        while b"\n" not in got and len(got) < RECEIVE:
-            try:
-                self._socket.settimeout(max(0.001, end - self._clock()))
-                data: bytes = self._socket.recv(RECEIVE)
-            except TimeoutError:
-                self._last_word(replies.TIMED_OUT)
-                raise Hangup("timeout") from None
-            if not data:
-                raise Hangup("lost")
-            got += data
-        return got
 
     def _flush(self) -> None:
         data = b"".join(self._out)
@@ -214,8 +220,7 @@ class Connection:
             pass
 
     def _handshake(self) -> None:
-        self._socket = gevent_ssl.SSLSocket(sock=self._socket, server_side=True, do_handshake_on_connect=False, _context=self._tls) \
-            if not hasattr(self._tls, "wrap_socket") else self._tls.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False)
+        self._socket = self._tls.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False)
         with gevent.Timeout(self._pipeline.config.limits.tls_timeout):
             self._socket.do_handshake()
         self.session.tls = tls_info(self._socket)

@@ -25,6 +25,7 @@ from gmta.plugins import PluginFailure
 from gmta.queue.store import Event, Store, StoreError, StoreFull
 from gmta.services.files import NO_ROOM, write_all
 from gmta.smtp import events, sasl
+from gmta.smtp.server import Bounds
 
 MEMORY = 64 * 1024  # octets of a message kept in memory; past that it goes to a file
 
@@ -42,6 +43,8 @@ class Pipeline:
         self.accept = accept
         self.hostname: str = services.hostname
         self.message_size: int = config.limits.message_size
+        limits = config.limits
+        self.bounds = Bounds(limits.command_line, limits.text_line, limits.header_size, limits.header_fields)
         self.recipients: int = config.limits.recipients
         self.recipients_refused: int = config.limits.recipients_refused
 

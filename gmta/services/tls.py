@@ -1,4 +1,4 @@
-"""TLS contexts for listeners and for outgoing connections, made once and shared by all connections.
+"""TLS contexts for listeners and for outgoing connections, made once and shared by all connections; sockets yield to the loop.
 
 Certificates are read here; when TLS is offered or demanded is decided by listeners and transports. With no certificate
 configured a listener offers no STARTTLS: `server_context` is not called. Failure: a certificate or key that can't be read or
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
+
+from gevent.ssl import SSLContext
 
 from gmta.mail.session import TlsInfo
 
@@ -47,7 +49,7 @@ def server_context(certificate: str, key: str | None, minimum_version: str = "1.
 
 
 def _server_context(certificate: str, key: str | None, minimum_version: str) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = minimum(minimum_version)
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
     try:
@@ -63,7 +65,7 @@ def client_context(verify: bool = False, *, ca_file: str | None = None, minimum_
     Opportunistic TLS verifies nothing: a certificate that does not check out still beats clear text (RFC 7435).
     verify: chain and host name must be right, against `ca_file` or the system's authorities.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = minimum(minimum_version)
     context.options |= ssl.OP_NO_COMPRESSION
     if not verify:
