@@ -34,6 +34,7 @@ from gmta.services.metrics import Metrics  # noqa: E402
 from gmta.services.tls import TlsError, server_context  # noqa: E402
 
 DRAIN_S = 30.0
+GRACE_S = 2.0  # sessions under way when the worker is to leave may begin messages for so long
 
 
 class Worker:
@@ -90,8 +91,9 @@ class Worker:
         self.log.info("worker stopped", worker=self.number, pid=os.getpid())
 
     def _drain(self) -> None:
-        end = time.monotonic() + DRAIN_S
-        while self._connections and time.monotonic() < end:
+        began = time.monotonic()
+        while self._connections and time.monotonic() < began + DRAIN_S:
+            self.limits.draining = time.monotonic() > began + GRACE_S
             for connection in list(self._connections):
                 if connection.shut_down():
                     self._connections.discard(connection)
@@ -113,12 +115,15 @@ class Worker:
 
     def _export(self) -> None:
         """Serves the metrics of all workers, as soon as the worker before this one has let the address go."""
+        said = False
         while True:
             try:
                 self.metrics.serve()
                 return
             except OSError as error:
-                self.log.warning("metrics address is taken", error=str(error))
+                if not said:
+                    self.log.warning("metrics address is taken", error=str(error))
+                said = True
             gevent.sleep(1.0)
 
     def _accept(self, name: str, listening: Any) -> None:

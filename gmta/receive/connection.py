@@ -24,6 +24,7 @@ from gmta.smtp.server import Extensions, ServerProtocol
 RECEIVE = 64 * 1024
 RECEIVE_DATA = 256 * 1024
 LINGER_S = 2.0
+SILENT_S = 1.0  # a client silent for so long, outside a message, is cut when the worker leaves
 
 
 class Hangup(Exception):
@@ -33,7 +34,7 @@ class Hangup(Exception):
 class Connection:
     """Serves one accepted socket until it is over."""
 
-    __slots__ = ("_auth_failures", "_clock", "_data_octets", "_data_since", "_deadline", "_errors", "_limits", "_listener", "_out",
+    __slots__ = ("_auth_failures", "_clock", "_data_octets", "_data_since", "_deadline", "_errors", "_heard_at", "_limits", "_listener", "_out",
                  "_pipeline", "_reception", "_socket", "_tls", "busy", "session")
 
     def __init__(self, sock: Any, session: Session, listener: Any, pipeline: Pipeline, tls: Any, limits: ConnectionLimits) -> None:
@@ -49,6 +50,7 @@ class Connection:
         self._data_since = 0.0
         self._data_octets = 0
         self._deadline = 0.0
+        self._heard_at = self._clock()
         self._out: list[bytes] = []
         self._reception = Reception(pipeline, session)
         self.busy = False
@@ -84,11 +86,12 @@ class Connection:
         return reason
 
     def shut_down(self) -> bool:
-        """Asks for the end: True where the client is idle and was told 421, False where a message is on its way."""
-        if self.busy:
+        """Asks for the end: True where the client is silent and was told 421, False where it is in the middle of something."""
+        if self.busy or self._clock() - self._heard_at < SILENT_S:
             return False
         try:
             self._socket.send(replies.SHUTTING_DOWN.wire())
+            self._socket.shutdown(socket.SHUT_WR)
         except OSError:
             pass
         return True
@@ -124,7 +127,9 @@ class Connection:
                 reception.body(event.data)
                 continue
             self.busy = True
-            if type(event) is events.Fault:
+            if type(event) is events.Mail and self._limits.draining:
+                reply, close = replies.SHUTTING_DOWN, True  # RFC 5321 section 3.8
+            elif type(event) is events.Fault:
                 reply, close = event.reply, event.close
             else:
                 reply, close = reception.answer(event), reception.closing
@@ -191,6 +196,7 @@ class Connection:
         if not data:
             raise Hangup("lost")
         self._data_octets += len(data)
+        self._heard_at = self._clock()
         return data
 
     def _flush(self) -> None:

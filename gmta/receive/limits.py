@@ -29,6 +29,7 @@ class ConnectionLimits:
         self._by_ip: Counter[str] = Counter()
         self._by_subnet: Counter[str] = Counter()
         self.total = 0
+        self.draining = False  # the worker leaves: no new messages
 
     def is_relay_network(self, ip: str) -> bool:
         """Whether the address lies in [domains] relay_from."""
