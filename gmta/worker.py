@@ -10,6 +10,7 @@ monkey.patch_all()
 
 import json  # noqa: E402
 import os  # noqa: E402
+import resource  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 import sys  # noqa: E402
@@ -52,7 +53,7 @@ class Worker:
                                  history_s=config.queue.history, message_limit=config.limits.message_size)
         self.scheduler = Scheduler(config, self.store, self.plugins, self.services, self.ids)
         self.pipeline = Pipeline(config, self.plugins, self.store, self.services, self.ids, self.scheduler.accept)
-        self.limits = ConnectionLimits(config.limits, config.domains.relay_from)
+        self.limits = ConnectionLimits(config.limits, config.domains.relay_from, config.gmta.workers)
         self._sockets = sockets
         self._connections: set[Connection] = set()
         self._stopping = Flag()
@@ -155,12 +156,14 @@ class Worker:
             self.log.error("session failed", session=session.id, ip=ip, error=repr(error))
         finally:
             self._connections.discard(connection)
-            self.limits.close(ip)
+            self.limits.close(ip, admitted)
 
 
 def main() -> int:
     """Entry of the worker process."""
     sys.setswitchinterval(0.0005)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     given = json.loads(os.environ["GMTA_WORKER"])
     with os.fdopen(given["config"], "rb") as file:
         file.seek(0)

@@ -66,27 +66,45 @@ def _plugins(config: Config) -> Any:
 @main.command()
 @config_option
 def check(path: str | None) -> None:
-    """Validate; print each hook's plugins in order."""
+    """Validate; print the effective settings and each hook's plugins in order."""
     config = _load(path)
     manager = _plugins(config)
-    click.echo(f"hostname {config.gmta.hostname}, workers {config.gmta.workers}, data_dir {config.gmta.data_dir}")
-    for name, listener in config.listeners.items():
-        click.echo(f"listener {name}: " + ", ".join(f"{host}:{port}" for host, port in listener.addresses) + f" role {listener.role} tls {listener.tls}")
-    for key, target in config.route.items():
-        click.echo(f"route {key} = {target}")
+    sections: dict[str, Any] = {name: getattr(config, name).model_dump() for name in ("gmta", "tls", "domains", "limits", "queue",
+                                                                                        "plugins", "dns", "metrics")}
+    sections |= {f"listener:{name}": listener.model_dump() for name, listener in config.listeners.items()}
+    sections |= {f"tls:{name}": tls.model_dump() for name, tls in config.tls_names.items()}
+    for name in config.plugins.enable:
+        settings = manager.settings(name)
+        sections[f"plugin:{name}"] = settings.model_dump() if settings is not None else {}
+    sections |= {f"transport:{name}": section for name, section in config.transports.items()}
+    sections["route"] = config.route
+    for name, keys in sections.items():
+        click.echo(f"[{name}]")
+        for key, value in keys.items():
+            click.echo(f"{key} = {_shown(key, value)}")
     for hook, names in manager.explain().items():
-        if names:
-            click.echo(f"{hook}: {', '.join(names)}")
+        click.echo(f"{hook}: {', '.join(names)}")
+
+
+def _shown(key: str, value: Any) -> str:
+    """A setting's value for people; secrets stay hidden."""
+    if value and ("password" in key or "secret" in key):
+        return "(hidden)"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return ", ".join(sorted(map(str, value)) if isinstance(value, (set, frozenset)) else map(str, value))
+    return "" if value is None else str(value)
 
 
 @main.command()
 @config_option
 def plugins(path: str | None) -> None:
-    """What is found, with its first line of documentation."""
-    config = _load(path)
-    enabled = set(config.plugins.enable)
-    for found in _plugins(config).found():
-        click.echo(f"{'*' if found.name in enabled else ' '} {found.name}: {(found.doc or '').strip().splitlines()[0] if found.doc else ''}")
+    """What is found and enabled (*), with documentation and keys."""
+    for found in _plugins(_load(path)).found():
+        click.echo(f"{'*' if found.enabled else ' '} {found.name} ({found.where})")
+        for line in found.doc.splitlines():
+            click.echo(f"    {line}".rstrip())
+        for key, field in found.config.model_fields.items():
+            click.echo(f"    key {key} = {_shown(key, field.get_default())}" + (f"  ({field.description})" if field.description else ""))
 
 
 @main.command()

@@ -6,8 +6,13 @@ Counts are a worker's own. Networks in [domains] relay_from are exempt from the 
 from __future__ import annotations
 
 import ipaddress
+import os
+import resource
 from collections import Counter
 from typing import Any
+
+CONNECTION_OCTETS = 120 * 1024  # of memory, with TLS
+OTHER_DESCRIPTORS = 300
 
 
 def subnet(ip: str) -> str:
@@ -17,11 +22,19 @@ def subnet(ip: str) -> str:
     return ip.rpartition(".")[0]
 
 
-class ConnectionLimits:
-    """How many connections there are now. `open` before the banner, `close` when it is over."""
+def affordable(workers: int) -> int:
+    """Connections that one of `workers` may hold: a quarter of the machine's memory among them, and its descriptors."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = memory // 4 // workers // CONNECTION_OCTETS
+    return max(100, most if descriptors == resource.RLIM_INFINITY else min(most, descriptors - OTHER_DESCRIPTORS))
 
-    def __init__(self, limits: Any, relay_from: list[Any]) -> None:
-        self._most: int = limits.connections or 10000
+
+class ConnectionLimits:
+    """How many connections there are now. `open` before the banner, `close` when it is over, whatever `open` said."""
+
+    def __init__(self, limits: Any, relay_from: list[Any], workers: int = 1) -> None:
+        self._most: int = limits.connections or affordable(workers)
         self._per_ip: int = limits.connections_per_ip
         self._per_subnet: int = limits.connections_per_subnet
         self._relay_from = relay_from
@@ -49,20 +62,23 @@ class ConnectionLimits:
         return self.total > self._most * 0.9
 
     def open(self, ip: str) -> bool:
-        """Counts one more; False when it is over a limit (it is counted all the same, so `close` it)."""
+        """Counts one more; False when that is over a limit. One that is refused counts in `total` alone, so that an
+        address that keeps knocking does not use up what its neighbours may have."""
         self.total += 1
-        self._by_ip[ip] += 1
         network = subnet(ip)
-        self._by_subnet[network] += 1
         if self.total > self._most:
             return False
-        if self.is_relay_network(ip):
-            return True
-        return not (0 < self._per_ip < self._by_ip[ip] or 0 < self._per_subnet < self._by_subnet[network])
+        if not self.is_relay_network(ip) and (0 < self._per_ip <= self._by_ip[ip] or 0 < self._per_subnet <= self._by_subnet[network]):
+            return False
+        self._by_ip[ip] += 1
+        self._by_subnet[network] += 1
+        return True
 
-    def close(self, ip: str) -> None:
-        """Counts one less."""
+    def close(self, ip: str, admitted: bool) -> None:
+        """Counts one less; admitted: what `open` said."""
         self.total -= 1
+        if not admitted:
+            return
         for counter, key in ((self._by_ip, ip), (self._by_subnet, subnet(ip))):
             counter[key] -= 1
             if counter[key] <= 0:

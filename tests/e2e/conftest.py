@@ -61,7 +61,7 @@ class Gmta:
 
     def start(self, extra: str = "", *, mailboxes: str = "accept = any") -> None:
         """Writes the configuration and serves; `extra` is more of the ini file."""
-        self.config.write_text(f"""
+        self.serve(f"""
 [gmta]
 hostname = mx.example.test
 workers = 2
@@ -87,6 +87,10 @@ local = mailbox
 * = outbound
 {extra}
 """)
+
+    def serve(self, text: str) -> None:
+        """Serves on this configuration."""
+        self.config.write_text(text)
         with open(self.directory / "output", "wb") as output:
             self.process = subprocess.Popen([sys.executable, "-m", "gmta", "serve", "-c", str(self.config)],
                                             cwd=self.directory, stdout=output, stderr=output)
