@@ -85,6 +85,7 @@ class Scheduler:
     def start(self) -> None:
         """Starts taking from the store what is due."""
         self._left_in_store = True
+        self._adopted_at = self._clock()  # workers that start beside this one take their shards first
         self._loop = gevent.spawn(self._watch)
 
     def stop(self, timeout_s: float) -> None:

@@ -29,6 +29,7 @@ from gmta.services.files import NO_ROOM, sync_directory, write_all
 from gmta.services.log import Log
 
 ROWS = 64  # rows a statement
+LINGER_S = 0.001  # a commit waits so long for company: fewer syncs, and a fifth more messages a second on relay
 RESERVE = 8 * 1024 * 1024
 MIN_INODES = 1000
 ROOM_FOR_S = 0.5
@@ -92,12 +93,13 @@ class SqliteStore:
         self._room = True
         self._room_at = -1.0
         self._purged_at = 0.0
+        self._empty: dict[int, tuple[int, ...]] = {}
         self._closed = False
         os.makedirs(directory, mode=0o700, exist_ok=True)
         sync_directory(os.path.dirname(os.path.abspath(directory)))
         self._primary = self._take()
         self._shards = [self._primary]
-        self._writer = Batch(self._run, max_items=512, name="queue")
+        self._writer = Batch(self._run, max_items=512, linger_s=LINGER_S, name="queue")
         self._files = Batch(call_each, max_items=32, name="spool")
         self._fill_reserve()
         _start_new_thread(self._sweep, (self._primary,))
@@ -575,7 +577,10 @@ class SqliteStore:
                 os.close(shard.lock)
         ours = {shard.number for shard in self._shards}
         for number in schema.shards(self._directory):
-            lock = None if number in ours else self._lock(number)
+            # one seen empty is not opened again until somebody has written to it
+            if number in ours or self._empty.get(number) == self._stamp(number):
+                continue
+            lock = self._lock(number)
             if lock is None:
                 continue
             shard = self._open(number, lock)
@@ -587,8 +592,22 @@ class SqliteStore:
                 self._log.info("queue shard adopted", shard=number, messages=found)
             else:
                 shard.connection.close()
+                self._empty[number] = self._stamp(number)
                 os.close(lock)
         return count
+
+    def _stamp(self, number: int) -> tuple[int, ...]:
+        """What changes when a shard is written to: size and time of the database and of its write-ahead log."""
+        path = schema.shard_path(self._directory, number, "db")
+        stamp: list[int] = []
+        for name in (path, f"{path}-wal"):
+            try:
+                stat = os.stat(name)
+            except OSError:
+                stamp.append(-1)
+            else:
+                stamp += (stat.st_size, stat.st_mtime_ns)
+        return tuple(stamp)
 
     def _purge(self) -> None:
         """Deletes history of messages that came and left before its time, a slice a minute."""

@@ -156,3 +156,19 @@ def test_a_bounce_outlives_a_deferral_in_flight(tmp_path: Path) -> None:
     (found,) = store.due(100.0, 10)
     assert (found.recipients[0].transport, found.recipients[0].fixed_transport, found.recipients[0].attempts) == ("fail", True, 1)
     store.close()
+
+
+def test_an_empty_shard_is_opened_once_and_again_after_it_was_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SqliteStore, "_sweep", lambda self, shard: None)  # its thread opens the shard too
+    first, second = make(tmp_path), make(tmp_path, "BBBBB")
+    second.close()  # leaves an empty shard
+    opened = []
+    really = SqliteStore._open
+    monkeypatch.setattr(SqliteStore, "_open", lambda self, number, lock: (opened.append(number), really(self, number, lock))[1])
+    assert [first.adopt() for _ in range(3)] == [0, 0, 0]
+    assert opened == [2]
+    again = make(tmp_path, "CCCCC")
+    again.put(envelope("x"), Message.from_bytes(MESSAGE))
+    again.close()
+    assert first.adopt() == 1
+    first.close()
