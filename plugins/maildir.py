@@ -42,6 +42,11 @@ class Item(NamedTuple):
     message: Message
     seek: bool
 
+    @property
+    def temporary(self) -> str:
+        """Where it is written until it is whole."""
+        return f"{self.directory}/tmp/{self.name}"
+
 
 class Maildir:
     """The transport."""
@@ -98,24 +103,40 @@ class Maildir:
     # --- in the native thread ---------------------------------------------------------------------------------------
 
     def _write_all(self, items: list[Item]) -> list[OSError | None]:
-        """Writes and syncs every file, renames them, then syncs each directory once."""
+        """Writes every file, syncs them, renames them, then syncs each directory once.
+
+        Step by step over the whole batch: a file system with a journal commits once for all of a step, where a rename between
+        two syncs would make it commit for each.
+        """
         results: list[OSError | None] = [None] * len(items)
         touched: dict[str, list[int]] = {}
+        written: list[tuple[int, int]] = []
         for number, item in enumerate(items):
             try:
                 if item.seek and self._find(item):
                     touched.setdefault(item.directory, []).append(number)  # its directory may not be synced yet
-                    continue
-                try:
-                    self._write(item)
-                except FileNotFoundError:  # a new mailbox, or one removed since it was made
-                    self._known.discard(item.directory)
-                    self._make(item.directory)
-                    self._write(item)
+                else:
+                    written.append((number, self._write(item)))
             except OSError as error:
                 results[number] = error
-            else:
-                touched.setdefault(item.directory, []).append(number)
+        for number, file in written:
+            try:
+                try:
+                    os.fsync(file)
+                finally:
+                    os.close(file)
+            except OSError as error:
+                results[number] = error
+        for number, _ in written:
+            item = items[number]
+            try:
+                if results[number] is None:
+                    os.rename(item.temporary, f"{item.directory}/new/{item.name}")  # that name can only hold the same message
+                    touched.setdefault(item.directory, []).append(number)
+            except OSError as error:
+                results[number] = error
+            if results[number] is not None:
+                _remove(item.temporary)
         for directory, numbers in touched.items():
             try:
                 sync_directory(f"{directory}/new")
@@ -124,28 +145,26 @@ class Maildir:
                     results[number] = error
         return results
 
-    def _write(self, item: Item) -> None:
-        """tmp/NAME, synced, then new/NAME; a file of that name can only hold the same message."""
-        directory, name = item.directory, item.name
+    def _write(self, item: Item) -> int:
+        """Writes tmp/NAME, in a Maildir made where it is missing; the open file, still to be synced."""
+        directory = item.directory
         if directory not in self._known:
             self._make(directory)
-        temporary = f"{directory}/tmp/{name}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC  # a crash may have left it
-        file = os.open(temporary, flags, 0o600)
         try:
-            try:
-                for piece in _content(item):
-                    write_all(file, piece)
-                os.fsync(file)
-            finally:
-                os.close(file)
-            os.rename(temporary, f"{directory}/new/{name}")
+            file = os.open(item.temporary, flags, 0o600)
+        except FileNotFoundError:  # removed since it was made
+            self._known.discard(directory)
+            self._make(directory)
+            file = os.open(item.temporary, flags, 0o600)
+        try:
+            for piece in _content(item):
+                write_all(file, piece)
         except OSError:
-            try:
-                os.unlink(temporary)
-            except OSError:
-                pass
+            os.close(file)
+            _remove(item.temporary)
             raise
+        return file
 
     def _make(self, directory: str) -> None:
         """Makes a Maildir with the directories above it, each entry synced."""
@@ -208,6 +227,13 @@ def safe(text: str) -> str:
         return text
     out = "".join(f"%{ord(char):02X}" if char in "/%" or ord(char) < 32 or char == "\x7f" else char for char in text)
     return "%2E" + out[1:] if out.startswith(".") else out
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
 
 
 def _outcome(error: OSError) -> gmta.Outcome:
