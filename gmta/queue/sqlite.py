@@ -29,7 +29,7 @@ from gmta.services.files import NO_ROOM, sync_directory, write_all
 from gmta.services.log import Log
 
 ROWS = 64  # rows a statement
-LINGER_S = 0.001  # a commit waits so long for company: fewer syncs, and a fifth more messages a second on relay
+LINGER_S = 0.001  # a commit waits so long for company: fewer syncs (docs/performance.md)
 RESERVE = 8 * 1024 * 1024
 MIN_INODES = 1000
 ROOM_FOR_S = 0.5
