@@ -1,0 +1,38 @@
+"""What several commands share: the options -c and --json, and how they come to the plugins and the queue of a configuration.
+
+Everything here raises ConfigError where the configuration is bad; the group turns that into exit status 78.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from gmta.config import Config
+    from gmta.plugins import PluginManager
+    from gmta.queue.admin import QueueAdmin
+
+config_option = click.option("-c", "--config", "path", metavar="FILE", help="configuration; default $GMTA_CONFIG, ./config.ini, /etc/gmta/config.ini")
+json_option = click.option("--json", "as_json", is_flag=True, help="print JSON")
+
+
+def plugin_manager(config: Config) -> PluginManager:
+    """The plugins of a configuration, made as a worker makes them, with nobody to log to."""
+    from gmta.plugins import PluginManager
+    from gmta.services import Services
+    from gmta.services.log import NullLog
+    from gmta.services.metrics import Metrics
+
+    log, metrics = NullLog(), Metrics()
+    return PluginManager(config, Services(config, log, metrics), log, metrics)
+
+
+def queue_admin(path: str | None) -> QueueAdmin:
+    """The operator's side of the queue that the configuration at `path` names."""
+    from gmta.config import load
+    from gmta.queue.admin import QueueAdmin
+
+    return QueueAdmin(os.path.join(load(path).gmta.data_dir, "queue"))
