@@ -7,7 +7,9 @@ read), 2 usage, 78 bad configuration, with every error of it on standard error.
 
 from __future__ import annotations
 
+import io
 import sqlite3
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from types import MappingProxyType
@@ -58,9 +60,15 @@ class LazyGroup(click.Group):
         except sqlite3.Error as error:
             click.echo(f"the queue can't be read or changed: {error}", err=True)
             ctx.exit(1)
+        except PermissionError as error:
+            click.echo(f"{error.filename}: {error.strerror}", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=LazyGroup, homes=COMMANDS)
 @click.version_option(gmta.__version__, prog_name="gmta", message="%(prog)s %(version)s")
 def main() -> None:
     """gmta, a mail transfer agent."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an address in UTF-8 on a Latin-1 terminal

@@ -5,81 +5,155 @@ All three make the plugins as a worker would, so what stops a start stops them t
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
 import click
+from pydantic import BaseModel
 
-from gmta.cli.options import config_option, plugin_manager
-from gmta.config import load
+from gmta.cli.options import config_option, json_option, plugin_manager
+from gmta.cli.output import clean, on_terminal, print_json, print_table, value_text
+from gmta.config import Config, load
+from gmta.mail.verdict import Outcome
+
+HIDDEN = "(hidden)"
+_NAMED = {"listeners": "listener", "tls_names": "tls"}  # attributes of Config that hold several sections
 
 
 @click.command()
 @config_option
-def check(path: str | None) -> None:
+@json_option
+def check(path: str | None, as_json: bool) -> None:
     """Validate; print the effective settings and each hook's plugins in order."""
     config = load(path)
     manager = plugin_manager(config)
-    sections: dict[str, Any] = {name: getattr(config, name).model_dump() for name in ("gmta", "tls", "domains", "limits", "queue",
-                                                                                        "plugins", "dns", "metrics")}
-    sections |= {f"listener:{name}": listener.model_dump() for name, listener in config.listeners.items()}
-    sections |= {f"tls:{name}": tls.model_dump() for name, tls in config.tls_names.items()}
-    for name in config.plugins.enable:
-        settings = manager.settings(name)
-        sections[f"plugin:{name}"] = settings.model_dump() if settings is not None else {}
-    sections |= {f"transport:{name}": section for name, section in config.transports.items()}
-    sections["route"] = config.route
-    for name, keys in sections.items():
+    settings = _settings(config, manager)
+    hooks = manager.explain()
+    if as_json:
+        print_json({"file": config.file, "settings": settings, "hooks": hooks})
+        return
+    for name, keys in settings.items():
         click.echo(f"[{name}]")
         for key, value in keys.items():
-            click.echo(f"{key} = {_shown(key, value)}")
-    for hook, names in manager.explain().items():
-        click.echo(f"{hook}: {', '.join(names)}")
+            click.echo(f"{key} = {value_text(value)}".rstrip())
+        click.echo()
+    if on_terminal():
+        print_table(("Hook", "Plugins, in order"), [(hook, ", ".join(names)) for hook, names in hooks.items()])
+    else:
+        for hook, names in hooks.items():
+            click.echo(f"{hook}: {', '.join(names)}")
 
 
-def _shown(key: str, value: Any) -> str:
-    """A setting's value for people; secrets stay hidden."""
-    if value and ("password" in key or "secret" in key):
-        return "(hidden)"
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return ", ".join(sorted(map(str, value)) if isinstance(value, (set, frozenset)) else map(str, value))
-    return "" if value is None else str(value)
+def _settings(config: Config, manager: Any) -> dict[str, dict[str, Any]]:
+    """Section -> key -> value in force; secrets hidden. Sections that their owners read are shown as they stand in the file."""
+    found: dict[str, BaseModel | dict[str, Any]] = {}
+    for attribute in sorted(Config.__slots__, key=lambda name: name != "gmta"):
+        value = getattr(config, attribute, None)
+        if isinstance(value, BaseModel):
+            found[attribute] = value
+        elif attribute in _NAMED and value:
+            found |= {f"{_NAMED[attribute]}:{name}": section for name, section in value.items()}
+    for name in config.plugins.enable:
+        settings = manager.settings(name)
+        if settings is not None:
+            found[f"plugin:{name}"] = settings
+    for name, section in config.sections.items():
+        found.setdefault(name, dict(section))
+    found["route"] = dict(config.route)
+    return {name: {key: _open(key, value) for key, value in (_values(keys) if isinstance(keys, BaseModel) else keys).items()}
+            for name, keys in found.items()}
+
+
+def _values(settings: BaseModel) -> dict[str, Any]:
+    """A section's values by the names that its keys have in the file, as JSON has them."""
+    return settings.model_dump(mode="json", by_alias=True)
+
+
+def _open(key: str, value: Any) -> Any:
+    """A setting's value; a secret's stays hidden."""
+    if value and ("password" in key or "secret" in key) and not key.endswith("_file"):
+        return HIDDEN
+    if key == "address" and isinstance(value, list):
+        return [_address(one) for one in value] if value and isinstance(value[0], list) else _address(value)
+    return sorted(value) if isinstance(value, set | frozenset) else value
+
+
+def _address(pair: Any) -> str:
+    """(host, port) as the file has it."""
+    host, port = pair
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @click.command()
 @config_option
-def plugins(path: str | None) -> None:
+@json_option
+def plugins(path: str | None, as_json: bool) -> None:
     """What is found and enabled (*), with documentation and keys."""
-    for found in plugin_manager(load(path)).found():
-        click.echo(f"{'*' if found.enabled else ' '} {found.name} ({found.where})")
-        for line in found.doc.splitlines():
+    found: list[dict[str, Any]] = [{"name": one.name, "where": one.where, "enabled": one.enabled, "doc": inspect.cleandoc(one.doc),
+                                    "keys": _keys(one)} for one in plugin_manager(load(path)).found()]
+    if as_json:
+        print_json(found)
+        return
+    for plugin in found:
+        click.secho(f"{'*' if plugin['enabled'] else ' '} {plugin['name']} ({plugin['where']})", bold=True)
+        for line in plugin["doc"].splitlines():
             click.echo(f"    {line}".rstrip())
-        for key, field in found.config.model_fields.items():
-            click.echo(f"    key {key} = {_shown(key, field.get_default())}" + (f"  ({field.description})" if field.description else ""))
+        for key in plugin["keys"]:
+            text = f"    key {key['name']} = {value_text(key['default'])}".rstrip()
+            click.echo(text + (f"  ({key['description']})" if key["description"] else ""))
+
+
+def _keys(found: Any) -> list[dict[str, Any]]:
+    """A plugin's keys with their defaults; none where its file can't be imported (its documentation says why)."""
+    try:
+        model = found.config
+    except Exception:  # whatever the import of a stranger's file raises
+        return []
+    return [{"name": name, "default": "" if field.is_required() else _open(name, field.get_default(call_default_factory=True)),
+             "description": field.description or ""} for name, field in model.model_fields.items()]
 
 
 @click.command()
 @click.argument("address")
 @config_option
-def route(address: str, path: str | None) -> None:
+@json_option
+def route(address: str, path: str | None, as_json: bool) -> None:
     """How an address would be accepted from a stranger, and where each of its recipients would go."""
     from gmta.deliver.router import Router
     from gmta.mail.address import NULL, Address, AddressError
     from gmta.mail.envelope import Envelope, RecipientState
+    from gmta.mail.reply import NOT_PERMITTED
     from gmta.mail.session import Recipient, Session, Transaction
 
     config = load(path)
     manager = plugin_manager(config)
     try:
-        target = Address.parse(address)
+        target = Address.parse(address.removeprefix("<").removesuffix(">"))
     except AddressError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(f"{clean(address)}: {error}") from error
     verdict = manager.permit("permit_rcpt", Session("route", peer_ip="192.0.2.1"), Transaction("route", NULL), Recipient(target))
-    click.echo(f"accepted: {verdict.reply if verdict is not None else '550 5.7.1 no plugin permits it'}")
+    reply = NOT_PERMITTED if verdict is None else verdict.reply
+    accepted = reply.code < 300
     targets = verdict.replace if verdict is not None and verdict.replace is not None else (target,)
+    transport = (verdict.transport or "") if verdict is not None else ""
     router = Router(config, manager)
+    ways = []
     for one in targets:
-        transport = (verdict.transport or "") if verdict is not None else ""
         state = RecipientState(0, one, transport=transport, fixed_transport=bool(transport))
-        click.echo(f"{one}: {router.route(Envelope('route', NULL, [state]), state)}")
-    sys.exit(0 if verdict is not None and verdict.reply.code < 300 else 1)
+        way = router.route(Envelope("route", NULL, [state]), state)
+        if isinstance(way, Outcome):
+            ways.append({"address": str(one), "transport": "", "next_hop": "", "outcome": way.status.value, "reply": str(way.reply)})
+        else:
+            ways.append({"address": str(one), "transport": way.transport, "next_hop": way.next_hop})
+    if as_json:
+        print_json({"address": str(target), "accepted": accepted, "reply": str(reply), "recipients": ways})
+    else:
+        click.echo(f"{'accepted' if accepted else 'refused'}: {clean(str(reply))}")
+        for found in ways:
+            if found.get("outcome"):
+                told = f"{found['outcome']}: {found['reply']}"
+            else:
+                told = f"transport {found['transport']}" + (f", next hop {found['next_hop']}" if found["next_hop"] else "")
+            click.echo(clean(f"{found['address']}: {told}"))
+    sys.exit(0 if accepted else 1)

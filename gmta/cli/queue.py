@@ -1,13 +1,23 @@
-"""gmta queue and gmta trace: the operator's view of the queue and hands on it, with the server up or down."""
+"""gmta queue and gmta trace: the operator's view of the queue and hands on it, with the server up or down.
+
+A list is written as it is read, so a long queue costs no memory. Exit status 1: no such message, or nothing was changed.
+"""
 
 from __future__ import annotations
 
-import json
+import itertools
 import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 import click
 
+from gmta.cli import output
 from gmta.cli.options import config_option, json_option, queue_admin
+from gmta.cli.output import clean, on_terminal, print_json, size_text, time_text
+
+TABLE_MESSAGES = 500  # a longer list is no table: its columns could only be laid out when all is read
 
 
 @click.command()
@@ -15,14 +25,26 @@ from gmta.cli.options import config_option, json_option, queue_admin
 @config_option
 @json_option
 def trace(queue_id: str, path: str | None, as_json: bool) -> None:
-    """A message's history."""
+    """A message's history, from connection to last outcome."""
     events = queue_admin(path).trace(queue_id)
     if as_json:
-        click.echo(json.dumps([{"id": event.queue_id, "at": event.at, "kind": event.kind, "data": event.data} for event in events]))
+        print_json([{"id": event.queue_id, "at": event.at, "kind": event.kind, "data": event.data} for event in events])
+    elif not events:
+        click.echo(f"there is no history of {clean(queue_id)}", err=True)
     else:
-        for event in events:
-            click.echo(f"{event.at:.3f} {event.kind} " + " ".join(f"{key}={value}" for key, value in event.data.items()))
+        rows = [(time_text(event.at, "milliseconds"), event.kind, _facts(event.data)) for event in events]
+        if on_terminal():
+            output.print_table(("Time", "Event", ""), rows)
+        else:
+            for row in rows:
+                click.echo(" ".join(row))
     sys.exit(0 if events else 1)
+
+
+def _facts(data: dict[str, Any]) -> str:
+    """key=value, those that say something; quotes where a value has blanks."""
+    shown = ((key, output.value_text(value)) for key, value in data.items() if value not in ("", None, []) or key in ("sender", "from"))
+    return " ".join(f'{key}="{text}"' if " " in text or not text else f"{key}={text}" for key, text in shown)
 
 
 @click.group()
@@ -32,66 +54,151 @@ def queue() -> None:
 
 @queue.command("list")
 @click.argument("ids", nargs=-1)
-@click.option("--domain")
-@click.option("--sender")
+@click.option("--domain", help="messages with a recipient there")
+@click.option("--sender", help="messages of this sender; <> for reports")
+@click.option("--all", is_flag=True, expose_value=False, help="everything, as without any choice")
 @config_option
 @json_option
-def queue_list(ids: tuple[str, ...], domain: str | None, sender: str | None, path: str | None, as_json: bool) -> None:
-    """What is queued."""
-    rows = list(queue_admin(path).list(ids, domain=domain, sender=sender))
+def list_(ids: tuple[str, ...], domain: str | None, sender: str | None, path: str | None, as_json: bool) -> None:
+    """What is queued, and why."""
+    rows = queue_admin(path).list(ids, domain=domain, sender=sender, all=True)
     if as_json:
-        click.echo(json.dumps(rows))
+        output.print_json_list(rows)
         return
-    for row in rows:
-        click.echo(f"{row['id']} {row['size']} <{row['sender']}>{' held' if row['held'] else ''}")
+    totals = [0, 0]
+    counted = _counted(rows, totals)
+    if on_terminal():
+        first = list(itertools.islice(counted, TABLE_MESSAGES + 1))
+        if 0 < len(first) <= TABLE_MESSAGES:
+            output.print_table(("ID", "Size", "Received", "Sender", "Recipient", "State"),
+                        itertools.chain.from_iterable(map(_table_rows, first)), right=("Size",))
+            counted = iter(())
+        else:
+            counted = itertools.chain(first, counted)
+    for row in counted:
+        click.echo(f"{row['id']} {row['size']:>9} {time_text(row['received_at'])} {_sender(row)}{' (held)' if row['held'] else ''}")
         for recipient in row["recipients"]:
-            click.echo(f"    {recipient['status']} {recipient['address']} attempts={recipient['attempts']} {recipient['last_reply']}")
+            click.echo(f"    {clean(recipient['address'])} {_state(recipient)}")
+    count, octets = totals
+    click.echo(f"-- {size_text(octets)} in {count} message{'' if count == 1 else 's'}" if count else "The queue is empty")
+
+
+def _counted(rows: Iterable[dict[str, Any]], totals: list[int]) -> Iterator[dict[str, Any]]:
+    """The rows as they are; totals become [messages, octets]."""
+    for row in rows:
+        totals[0] += 1
+        totals[1] += row["size"]
+        yield row
+
+
+def _table_rows(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """A message's lines in the table: one a recipient, the message's own facts in the first."""
+    first = (row["id"], size_text(row["size"]), time_text(row["received_at"]), _sender(row))
+    for recipient in row["recipients"]:
+        yield (*first, clean(recipient["address"]), _state(recipient))
+        first = ("", "", "", "")
+
+
+def _sender(row: dict[str, Any]) -> str:
+    return f"<{clean(row['sender'])}>"
+
+
+def _state(recipient: dict[str, Any]) -> str:
+    """How a recipient stands, in words."""
+    parts = [recipient["status"]]
+    if recipient["attempts"]:
+        parts.append(f"attempts={recipient['attempts']}")
+    if recipient["status"] == "queued" and recipient["attempts"]:
+        parts.append(f"next={time_text(recipient['next_attempt_at'])}")
+    if recipient["transport"]:
+        parts.append(f"via={recipient['transport']}" + (f":{recipient['next_hop']}" if recipient["next_hop"] else ""))
+    if recipient["last_reply"]:
+        parts.append(f"({recipient['last_reply']})")
+    return clean(" ".join(parts))
 
 
 @queue.command("show")
 @click.argument("queue_id")
 @config_option
-def queue_show(queue_id: str, path: str | None) -> None:
-    """One message's envelope, as JSON."""
+@json_option
+def show(queue_id: str, path: str | None, as_json: bool) -> None:
+    """One message's envelope."""
     row = queue_admin(path).show(queue_id)
     if row is None:
-        click.echo(f"{queue_id} is not queued", err=True)
-        sys.exit(1)
-    click.echo(json.dumps(row, indent=2))
+        _not_queued(queue_id)
+    if as_json:
+        print_json(row)
+        return
+    recipients = row.pop("recipients")
+    facts = row.pop("facts", {})
+    row["received_at"] = time_text(row["received_at"])
+    row["sender"] = f"<{row['sender']}>"
+    for key, value in (row | facts).items():
+        click.echo(f"{key}: {output.value_text(value)}")
+    for recipient in recipients:
+        click.echo(f"recipient: {clean(recipient['address'])} {_state(recipient)}")
 
 
 @queue.command("cat")
 @click.argument("queue_id")
 @config_option
-def queue_cat(queue_id: str, path: str | None) -> None:
+def cat(queue_id: str, path: str | None) -> None:
     """The octets of a queued message."""
     pieces = queue_admin(path).cat(queue_id)
     if pieces is None:
-        click.echo(f"{queue_id} is not queued", err=True)
-        sys.exit(1)
-    for piece in pieces:
-        sys.stdout.buffer.write(piece)
+        _not_queued(queue_id)
+    out = sys.stdout.buffer
+    try:
+        for piece in pieces:
+            out.write(piece)
+    except FileNotFoundError:  # delivered while we read
+        _not_queued(queue_id)
+
+
+def _not_queued(queue_id: str) -> NoReturn:
+    click.echo(f"{clean(queue_id)} is not queued", err=True)
+    sys.exit(1)
 
 
 @queue.command("stats")
 @config_option
-def queue_stats(path: str | None) -> None:
-    """Counts, as JSON."""
-    click.echo(json.dumps(queue_admin(path).stats(), indent=2))
+@json_option
+def stats(path: str | None, as_json: bool) -> None:
+    """Counts: messages, octets, recipients by state and by lane."""
+    counts = queue_admin(path).stats()
+    if as_json:
+        print_json(counts)
+        return
+    oldest = counts["oldest"]
+    rows = [("messages", str(counts["messages"])), ("size", size_text(counts["octets"]))]
+    if oldest is not None:
+        rows.append(("oldest", f"{time_text(oldest)} ({output.age_text(time.time() - oldest)} ago)"))
+    rows += [(status, f"{count} recipient{'' if count == 1 else 's'}") for status, count in sorted(counts["recipients"].items())]
+    lanes = sorted(counts["lanes"].items(), key=lambda pair: (-pair[1], pair[0]))
+    rows += [(f"lane {clean(lane) or '(not tried yet)'}", f"{count} waiting") for lane, count in lanes]
+    if on_terminal():
+        output.print_table(("What", "How many"), rows)
+    else:
+        for row in rows:
+            click.echo(": ".join(row))
 
 
 def _changer(name: str, summary: str) -> None:
     @queue.command(name, help=summary)
     @click.argument("ids", nargs=-1)
-    @click.option("--domain")
-    @click.option("--sender")
-    @click.option("--all", "everything", is_flag=True)
+    @click.option("--domain", help="messages with a recipient there")
+    @click.option("--sender", help="messages of this sender; <> for reports")
+    @click.option("--all", "everything", is_flag=True, help="every message")
     @config_option
-    def change(ids: tuple[str, ...], domain: str | None, sender: str | None, everything: bool, path: str | None) -> None:
+    @json_option
+    def change(ids: tuple[str, ...], domain: str | None, sender: str | None, everything: bool, path: str | None, as_json: bool) -> None:
         if not (ids or domain or sender is not None or everything):
             raise click.UsageError("name IDs, --domain, --sender or --all")
         count = getattr(queue_admin(path), name)(ids, domain=domain, sender=sender, all=everything)
-        click.echo(f"{count} changed")
+        if as_json:
+            print_json({"changed": count})
+        else:
+            click.echo(f"{count} changed")
         sys.exit(0 if count or everything else 1)
 
 

@@ -1,12 +1,14 @@
 """The operator's side of the queue: what `gmta queue` and `gmta trace` do, on the store itself, with the server up or down.
 
-Every change is a short transaction of its own; a worker sees it within a second. A bounce is done by the worker: the recipient
-becomes due with the fixed transport "fail". Failure: sqlite3.Error where a shard can't be read or stays locked for 10 s.
+A change is made in short transactions, so that a worker's commits find room between them; a worker sees it within a second.
+A bounce is done by the worker: the recipient becomes due with the fixed transport "fail". Failure: sqlite3.Error where a shard
+can't be read or stays locked for 10 s, PermissionError where the queue is another account's.
 """
 
 from __future__ import annotations
 
 import builtins
+import heapq
 import json
 import os
 import sqlite3
@@ -14,16 +16,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from gmta.mail.address import domain_key
 from gmta.queue import schema
 from gmta.queue.store import Event
+
+SLICE = 2000  # messages changed in one transaction
+GAP_S = 0.01  # between two of them
 
 
 class QueueAdmin:
     """The queue in `directory`; selections are ids, a recipient domain, a sender, or all."""
 
     def __init__(self, directory: str, clock: Callable[[], float] = time.time) -> None:
-        self._directory = directory
         self._clock = clock
+        try:
+            os.stat(directory)
+        except FileNotFoundError:
+            pass  # nothing was ever queued
         self._shards = [(schema.shard_path(directory, n, "spool"), schema.connect(schema.shard_path(directory, n, "db"), create=True))
                         for n in schema.shards(directory)]
 
@@ -41,10 +50,13 @@ class QueueAdmin:
             parts.append("m.id IN (SELECT value FROM json_each(?))")
             values.append(json.dumps(wanted))
         if domain is not None:
-            parts.append("EXISTS (SELECT 1 FROM recipient d WHERE d.message = m.id AND lower(d.address) LIKE ? ESCAPE '\\')")
-            values.append("%@" + domain.lower().replace("\\", "\\\\").replace("_", "\\_").replace("%", "\\%"))
+            patterns = ["%@" + name.replace("\\", "\\\\").replace("_", "\\_").replace("%", "\\%")
+                        for name in (domain.lower().rstrip("."), domain_key(domain))]
+            parts.append("EXISTS (SELECT 1 FROM recipient d WHERE d.message = m.id AND (lower(d.address) LIKE ? ESCAPE '\\' "
+                         "OR lower(d.address) LIKE ? ESCAPE '\\'))")
+            values += patterns
         if sender is not None:
-            parts.append("m.sender = ?")
+            parts.append("lower(m.sender) = lower(?)")
             values.append(sender.strip("<>"))
         if not parts:
             parts.append("1" if all else "0")
@@ -52,14 +64,19 @@ class QueueAdmin:
 
     def list(self, ids: Iterable[str] = (), *, domain: str | None = None, sender: str | None = None,
              all: bool = True) -> Iterator[dict[str, Any]]:
-        """Queued messages in the form of `queue list --json`, oldest first a shard."""
+        """Queued messages in the form of `queue list --json`, oldest first; read as they are asked for."""
         where, values = self._where(ids, domain, sender, all)
-        for _, connection in self._shards:
-            for id, sent_by, size, at in connection.execute(
-                    f"SELECT m.id, m.sender, m.size, m.received_at FROM message m WHERE {where} ORDER BY m.id", values):
-                recipients = [{"address": r[2], "status": r[3], "attempts": r[4], "next_attempt_at": r[5], "transport": r[6],
-                               "next_hop": r[7], "last_reply": r[8]} for r in connection.execute(
-                                   f"SELECT {schema.RECIPIENT} FROM recipient r WHERE message = ? ORDER BY number", (id,))]
+        return heapq.merge(*(self._rows(connection, where, values) for _, connection in self._shards), key=lambda row: row["id"])
+
+    @staticmethod
+    def _rows(connection: sqlite3.Connection, where: str, values: builtins.list[Any]) -> Iterator[dict[str, Any]]:
+        """One shard's part of `list`."""
+        for id, sent_by, size, at in connection.execute(
+                f"SELECT m.id, m.sender, m.size, m.received_at FROM message m WHERE {where} ORDER BY m.id", values):
+            recipients = [{"address": r[2], "status": r[3], "attempts": r[4], "next_attempt_at": r[5], "transport": r[6],
+                           "next_hop": r[7], "last_reply": r[8]} for r in connection.execute(
+                               f"SELECT {schema.RECIPIENT} FROM recipient r WHERE message = ? ORDER BY number", (id,))]
+            if recipients:  # none: settled between the two reads
                 held = any(r["status"] == "held" for r in recipients)
                 yield {"id": id, "sender": sent_by, "size": size, "received_at": at, "held": held, "recipients": recipients}
 
@@ -102,53 +119,68 @@ class QueueAdmin:
                       key=lambda event: event.at)
 
     def retry(self, ids: Iterable[str] = (), **choice: Any) -> int:
-        """Makes waiting recipients due now; how many messages were chosen. choice: domain, sender, all."""
-        return self._change(ids, choice, "retried", "next_attempt_at = 0 WHERE status = 'queued'")
+        """Makes waiting recipients due now; how many messages have some. choice: domain, sender, all."""
+        return self._change(ids, choice, "retried", "next_attempt_at = 0", "r.status = 'queued'")
 
     def hold(self, ids: Iterable[str] = (), **choice: Any) -> int:
         """Stops delivery until released."""
-        return self._change(ids, choice, "held", "status = 'held' WHERE status = 'queued'")
+        return self._change(ids, choice, "held", "status = 'held'", "r.status = 'queued'")
 
     def release(self, ids: Iterable[str] = (), **choice: Any) -> int:
         """Lets held recipients go, at once."""
-        return self._change(ids, choice, "released", "status = 'queued', next_attempt_at = 0 WHERE status = 'held'")
+        return self._change(ids, choice, "released", "status = 'queued', next_attempt_at = 0", "r.status = 'held'")
 
     def bounce(self, ids: Iterable[str] = (), **choice: Any) -> int:
         """Gives up now: the worker fails the open recipients and tells the sender."""
         return self._change(ids, choice, "bounced", "status = 'queued', next_attempt_at = 0, transport = 'fail', next_hop = '', "
                             "lane = 'fail:', facts = json_set(CASE facts WHEN '' THEN '{}' ELSE facts END, '$.fixed_transport', "
-                            "json('true')) WHERE status IN ('queued', 'held')")
+                            "json('true'))", "r.status IN ('queued', 'held')")
 
     def delete(self, ids: Iterable[str] = (), **choice: Any) -> int:
         """Removes messages; nobody is told."""
-        return self._change(ids, choice, "deleted", None)
+        return self._change(ids, choice, "deleted", None, "")
 
-    def _change(self, ids: Iterable[str], choice: dict[str, Any], kind: str, change: str | None) -> int:
+    def _change(self, ids: Iterable[str], choice: dict[str, Any], kind: str, change: str | None, which: str) -> int:
+        """Applies `change` (None: deletes) to the chosen messages' recipients for which `which` holds; how many messages had some."""
         where, values = self._where(ids, choice.get("domain"), choice.get("sender"), bool(choice.get("all")))
+        if which:
+            where += f" AND EXISTS (SELECT 1 FROM recipient r WHERE r.message = m.id AND {which})"
         total = 0
         for spool, connection in self._shards:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                chosen = connection.execute(f"SELECT m.id, m.file FROM message m WHERE {where}", values).fetchall()
-                names = json.dumps([id for id, _ in chosen])
-                if change is None:
-                    connection.execute("DELETE FROM recipient WHERE message IN (SELECT value FROM json_each(?))", (names,))
-                    connection.execute("DELETE FROM message WHERE id IN (SELECT value FROM json_each(?))", (names,))
-                else:
-                    connection.execute(f"UPDATE recipient SET {change} AND message IN (SELECT value FROM json_each(?))", (names,))
-                now = self._clock()
-                connection.executemany("INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, '{\"by\":\"operator\"}')",
-                                       [(id, int(now * 1e6), now, kind) for id, _ in chosen])
-                connection.execute("COMMIT")
-            except sqlite3.Error:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
-            total += len(chosen)
-            for _, file in chosen if change is None else ():
-                if file:
-                    try:
-                        os.unlink(os.path.join(spool, file))
-                    except OSError:
-                        pass  # swept at the worker's next start
+            chosen = [id for (id,) in connection.execute(f"SELECT m.id FROM message m WHERE {where}", values)]
+            for start in range(0, len(chosen), SLICE):
+                if start:
+                    time.sleep(GAP_S)
+                total += self._change_slice(spool, connection, chosen[start:start + SLICE], kind, change, which)
         return total
+
+    def _change_slice(self, spool: str, connection: sqlite3.Connection, ids: builtins.list[str], kind: str, change: str | None,
+                      which: str) -> int:
+        """One transaction of `_change`; what left the queue meanwhile is passed over."""
+        having = f"AND EXISTS (SELECT 1 FROM recipient r WHERE r.message = m.id AND {which})" if which else ""
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            found = connection.execute(f"SELECT m.id, m.file FROM message m WHERE m.id IN (SELECT value FROM json_each(?)) {having}",
+                                       (json.dumps(ids),)).fetchall()
+            names = json.dumps([id for id, _ in found])
+            if change is None:
+                connection.execute("DELETE FROM recipient WHERE message IN (SELECT value FROM json_each(?))", (names,))
+                connection.execute("DELETE FROM message WHERE id IN (SELECT value FROM json_each(?))", (names,))
+            else:
+                connection.execute(f"UPDATE recipient AS r SET {change} WHERE {which} "
+                                   "AND r.message IN (SELECT value FROM json_each(?))", (names,))
+            now = self._clock()
+            connection.executemany("INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, '{\"by\":\"operator\"}')",
+                                   [(id, int(now * 1e6), now, kind) for id, _ in found])
+            connection.execute("COMMIT")
+        except sqlite3.Error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        for _, file in found if change is None else ():
+            if file:
+                try:
+                    os.unlink(os.path.join(spool, file))
+                except OSError:
+                    pass  # swept at the worker's next start
+        return len(found)
