@@ -117,6 +117,32 @@ def _host_port(value: Any) -> Any:
     return ("0.0.0.0" if host == "*" else host, int(port))
 
 
+def name_server(text: str) -> tuple[str, int]:
+    """(address, port) of a name server from 127.0.0.1, 127.0.0.1:5353, ::1 or [::1]:5353; port 53 where none is given.
+
+    Raises ValueError that says what is expected.
+    """
+    host, port = text.strip(), "53"
+    if host.startswith("["):
+        host, _, rest = host[1:].partition("]")
+        port = rest[1:] if rest.startswith(":") else "" if rest else port
+    elif host.count(":") == 1:
+        host, _, port = host.partition(":")
+    try:
+        ipaddress.ip_address(host)
+        if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError(port)
+    except ValueError:
+        raise ValueError("an IP address such as 127.0.0.1, 127.0.0.1:5353 or [::1]:5353") from None
+    return (host, int(port))
+
+
+def _name_server(text: str) -> str:
+    """A name server's address, as written."""
+    name_server(text)
+    return text
+
+
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 Duration = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
 Path = Annotated[str, AfterValidator(_path)]
@@ -124,6 +150,7 @@ ExistingFile = Annotated[str, AfterValidator(_file)]
 Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(_network)]
 Domain = Annotated[str, AfterValidator(_domain)]
 HostPort = Annotated[tuple[str, int], BeforeValidator(_host_port)]
+NameServer = Annotated[str, AfterValidator(_name_server)]
 
 
 # --- the text ---------------------------------------------------------------------------------------------------
@@ -490,9 +517,10 @@ class Plugins(CoreSection):
 class Dns(CoreSection):
     """[dns]"""
 
-    servers: list[str] = Field([], description="ADDRESS or ADDRESS:PORT; default: the system's")
-    timeout: Duration = Field("5s", description="for one whole look-up")  # type: ignore[assignment]
-    cache_size: int = Field(10000, ge=0)
+    servers: list[NameServer] = Field([], description="ADDRESS or ADDRESS:PORT; default: the system's")
+    timeout: Duration = Field("5s", gt=0, description="for one whole look-up")  # type: ignore[assignment]
+    cache_size: int = Field(10000, ge=0, description="answers a worker")
+    validating: bool | None = Field(None, description="believe the servers' AD bit; default: only of servers on loopback")
 
 
 class MetricsSection(CoreSection):

@@ -30,6 +30,7 @@ from gmta.receive.connection import Connection  # noqa: E402
 from gmta.receive.limits import ConnectionLimits  # noqa: E402
 from gmta.receive.pipeline import Pipeline  # noqa: E402
 from gmta.services import Services  # noqa: E402
+from gmta.services.dns import Resolver  # noqa: E402
 from gmta.services.log import Log  # noqa: E402
 from gmta.services.metrics import Metrics  # noqa: E402
 from gmta.services.tls import TlsError, server_context  # noqa: E402
@@ -46,7 +47,7 @@ class Worker:
         self.number = number
         self.log = Log(config.gmta.log_level, config.gmta.log_format, config.gmta.log_file or None)
         self.metrics = Metrics(config.metrics.address, os.path.join(config.gmta.data_dir, "metrics"))
-        self.services = Services(config, self.log, self.metrics)
+        self.services = Services(config, self.log, self.metrics, resolver=Resolver.configured(config))
         self.plugins = PluginManager(config, self.services, self.log, self.metrics)
         self.ids = IdSource(self.services.clock)
         self.store = SqliteStore(os.path.join(config.gmta.data_dir, "queue"), instance_tag=self.ids.tag, log=self.log,

@@ -23,11 +23,12 @@ def plugin_manager(config: Config) -> PluginManager:
     """The plugins of a configuration, made as a worker makes them, with nobody to log to."""
     from gmta.plugins import PluginManager
     from gmta.services import Services
+    from gmta.services.dns import Resolver
     from gmta.services.log import NullLog
     from gmta.services.metrics import Metrics
 
     log, metrics = NullLog(), Metrics()
-    return PluginManager(config, Services(config, log, metrics), log, metrics)
+    return PluginManager(config, Services(config, log, metrics, resolver=Resolver.configured(config)), log, metrics)
 
 
 def queue_admin(path: str | None) -> QueueAdmin:
