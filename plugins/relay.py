@@ -118,13 +118,13 @@ class Relay:
     def _open(self, target: tuple[str, str, int]) -> SmtpClient:
         """A connection; where opportunistic TLS fails in the handshake, another in clear (RFC 7435)."""
         name, address, port = target
-        client = SmtpClient(self._settings, address, port, name=name, context=self._context)
+        client = SmtpClient(self._settings, address, port, self._services.deadlines, name=name, context=self._context)
         try:
             client.connect()
         except TlsFailed:
             if self._config.tls == "required":
                 raise
-            client = SmtpClient(self._settings, address, port, name=name, context=self._context)
+            client = SmtpClient(self._settings, address, port, self._services.deadlines, name=name, context=self._context)
             client.connect(clear=True)
         return client
 

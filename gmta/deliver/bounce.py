@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from email.utils import formatdate
 
 from gmta.mail.address import NULL
 from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import Message
+from gmta.mail.trace import date
 from gmta.mail.verdict import Outcome
 
 FAILED = "failed"
@@ -70,7 +70,7 @@ def build(kind: str, envelope: Envelope, pairs: Sequence[tuple[RecipientState, O
         ("From", f"Mail Delivery System <MAILER-DAEMON@{hostname}>"),
         ("To", f"<{envelope.sender}>"),
         ("Subject", _SUBJECTS[kind]),
-        ("Date", formatdate(now)),
+        ("Date", date(now)),
         ("Message-ID", f"<{queue_id}@{hostname}>"),
         ("Auto-Submitted", "auto-replied"),  # RFC 3834 section 5
         ("MIME-Version", "1.0"),
@@ -84,13 +84,13 @@ def _human(kind: str, envelope: Envelope, pairs: Sequence[tuple[RecipientState, 
     """The part for people."""
     lines = [f"This is the mail system at host {hostname}.", "", *_INTRODUCTIONS[kind].split("\r\n"), ""]
     if kind == DELAYED:
-        lines += [f"It will be tried until {formatdate(retry_until)}.", ""]
+        lines += [f"It will be tried until {date(retry_until)}.", ""]
     for recipient, outcome in pairs:
         said = f"host {outcome.remote} said: " if outcome.remote else ""
         lines.append(f"<{recipient.address}>: {_ascii(said + str(outcome.reply))}")
         if recipient.original and recipient.original != str(recipient.address):
             lines.append(f"    (sent to <{recipient.original}>)")
-    lines += ["", f"Queue id: {envelope.id}", f"Received: {formatdate(envelope.received_at)}", f"Reported: {formatdate(now)}"]
+    lines += ["", f"Queue id: {envelope.id}", f"Received: {date(envelope.received_at)}", f"Reported: {date(now)}"]
     return "\r\n".join(lines) + "\r\n"
 
 
@@ -100,7 +100,7 @@ def _machine(kind: str, envelope: Envelope, pairs: Sequence[tuple[RecipientState
     lines = []
     if envelope.envid:
         lines.append(f"Original-Envelope-Id: {_ascii(envelope.envid)}")  # RFC 3464 section 2.2.1
-    lines += [f"Reporting-MTA: dns; {hostname}", f"Arrival-Date: {formatdate(envelope.received_at)}"]
+    lines += [f"Reporting-MTA: dns; {hostname}", f"Arrival-Date: {date(envelope.received_at)}"]
     for recipient, outcome in pairs:
         lines.append("")
         if recipient.orcpt:
@@ -115,7 +115,7 @@ def _machine(kind: str, envelope: Envelope, pairs: Sequence[tuple[RecipientState
         else:
             lines.append(f"Diagnostic-Code: X-gmta; {_ascii(outcome.reply.text)[:900]}")
         if kind == DELAYED:
-            lines.append(f"Will-Retry-Until: {formatdate(retry_until)}")  # RFC 3464 section 2.3.9
+            lines.append(f"Will-Retry-Until: {date(retry_until)}")  # RFC 3464 section 2.3.9
     return "\r\n".join(lines) + "\r\n"
 
 

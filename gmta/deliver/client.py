@@ -23,6 +23,7 @@ from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import Message
 from gmta.mail.reply import Reply
 from gmta.mail.verdict import Outcome, Status, deferred, failed, outcome_of
+from gmta.services.deadlines import NEVER, Deadlines
 from gmta.smtp.client import ClientProtocol
 from gmta.smtp.data import Stuffer
 from gmta.smtp.lines import ProtocolError
@@ -69,7 +70,8 @@ class _Deadline(gevent.Timeout):
 class SmtpClient:
     """One connection to `host`:`port`. connect() first; send() any number of messages; quit() or close()."""
 
-    def __init__(self, settings: Settings, host: str, port: int, *, name: str = "", context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, settings: Settings, host: str, port: int, deadlines: Deadlines, *, name: str = "",
+                 context: ssl.SSLContext | None = None) -> None:
         self.settings = settings
         self.host = host
         self.port = port
@@ -82,6 +84,9 @@ class SmtpClient:
         self.used_at = 0.0
         self.usable = False
         self.tls = False
+        self.deadline = NEVER  # of the wait for the socket
+        self._deadlines = deadlines
+        self._expired = False
 
     # --- opening --------------------------------------------------------------------------------------------------
 
@@ -93,8 +98,9 @@ class SmtpClient:
                 self._socket = socket.create_connection((self.host, self.port), timeout=None)
             except OSError as error:
                 raise self._lost(f"Connection to {self.remote} failed: {error.strerror or error}", "4.4.1") from error
-        self._socket.setsockopt(plain_socket.IPPROTO_TCP, plain_socket.TCP_NODELAY, 1)
+        self._deadlines.watch(self)
         try:
+            self._socket.setsockopt(plain_socket.IPPROTO_TCP, plain_socket.TCP_NODELAY, 1)
             greeting = self._read(settings.greeting_timeout, "the greeting")
             if greeting.code != 220:
                 raise self._refused(greeting)
@@ -272,17 +278,15 @@ class SmtpClient:
         timeout_s = self.settings.data_timeout + message.size / SLOWEST
         pending = bytearray()
         stuffer = Stuffer()
-        with self._deadline(timeout_s, "sending the message"):
-            try:
-                for piece in message.chunks():
-                    pending += stuffer.feed(piece)
-                    if len(pending) >= _SMALL:
-                        self._socket.sendall(pending)
-                        pending.clear()
-                pending += stuffer.finish()
-                self._socket.sendall(pending)
-            except (OSError, ssl.SSLError) as error:
-                raise self._lost(f"Connection to {self.remote} lost while sending: {error}"[:300], "4.4.2", lane=False) from error
+        self.deadline = self._deadlines.clock() + timeout_s
+        for piece in message.chunks():
+            pending += stuffer.feed(piece)
+            if len(pending) >= _SMALL:
+                self._send(bytes(pending), "sending the message", lane=False)
+                pending.clear()
+        pending += stuffer.finish()
+        self._send(bytes(pending), "sending the message", lane=False)
+        self.deadline = NEVER
 
     def _conclude(self, accepted: list[RecipientState], outcomes: dict[int, Outcome]) -> None:
         """The final reply, or with LMTP one a recipient in the order of RCPT (RFC 2033 section 4.2)."""
@@ -319,11 +323,34 @@ class SmtpClient:
         return _Timer(self, seconds, what)
 
     def _write(self, data: bytes, timeout_s: float) -> None:
-        with self._deadline(timeout_s, "sending a command"):
-            try:
-                self._socket.sendall(data)
-            except (OSError, ssl.SSLError) as error:
-                raise self._lost(f"Connection to {self.remote} lost: {error}"[:300], "4.4.2") from error
+        self.deadline = self._deadlines.clock() + timeout_s
+        self._send(data, "sending a command")
+        self.deadline = NEVER
+
+    def _send(self, data: bytes, what: str, *, lane: bool = True) -> None:
+        try:
+            sent = self._socket.send(data)  # sendall would ask the kernel for its buffer size each time
+            while sent < len(data):
+                data = data[sent:]
+                sent = self._socket.send(data)
+        except (OSError, ssl.SSLError) as error:
+            raise self._broken(what, error, lane=lane) from error
+
+    def expire(self) -> None:
+        """A wait has taken too long: shuts the socket down under whoever waits for it."""
+        self.deadline, self._expired = NEVER, True
+        try:
+            self._socket._sock.shutdown(plain_socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def _broken(self, what: str, error: Exception | None = None, *, lane: bool = True) -> ConnectionFailed:
+        """What ended the connection: our deadline, an error of the socket, or the remote."""
+        if self._expired:
+            return self._lost(f"Timeout while {what} ({self.remote})", "4.4.2", lane=lane)
+        if error is not None:
+            return self._lost(f"Connection to {self.remote} lost while {what}: {error}"[:300], "4.4.2", lane=lane)
+        return self._lost(f"{self.remote} closed the connection while {what}", "4.4.2", lane=lane)
 
     def _command(self, data: bytes) -> Reply:
         """Sends a command and returns its reply."""
@@ -336,15 +363,16 @@ class SmtpClient:
         try:
             reply = protocol.next_reply()
             if reply is None:
-                with self._deadline(timeout_s, f"waiting for {what}"):
-                    while reply is None:
-                        data = self._socket.recv(_RECEIVE)
-                        if not data:
-                            raise self._lost(f"{self.remote} closed the connection while we waited for {what}", "4.4.2")
-                        protocol.receive_data(data)
-                        reply = protocol.next_reply()
+                self.deadline = self._deadlines.clock() + timeout_s
+                while reply is None:
+                    data = self._socket.recv(_RECEIVE)
+                    if not data:
+                        raise self._broken(f"waiting for {what}")
+                    protocol.receive_data(data)
+                    reply = protocol.next_reply()
+                self.deadline = NEVER
         except (OSError, ssl.SSLError) as error:
-            raise self._lost(f"Connection to {self.remote} lost: {error}"[:300], "4.4.2") from error
+            raise self._broken(f"waiting for {what}", error) from error
         except (ProtocolError, ValueError) as error:
             raise self._lost(f"{self.remote} does not speak SMTP: {error}"[:300], "4.5.0") from error
         if reply.code == 421:  # RFC 5321 section 3.8
@@ -365,15 +393,15 @@ class SmtpClient:
         """QUIT without waiting for the answer, then close."""
         if self.usable:
             try:
-                with gevent.Timeout(1.0, False):
-                    self._socket.sendall(self._protocol.quit())
-            except (OSError, ssl.SSLError, ProtocolError):
+                self._write(self._protocol.quit(), 1.0)
+            except (ConnectionFailed, ProtocolError):
                 pass
         self.close()
 
     def close(self) -> None:
         """Closes the socket."""
         self.usable = False
+        self._deadlines.forget(self)
         if self._socket is not None:
             try:
                 self._socket.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from email.utils import formatdate
+import time
 
 from gmta.mail.address import Address
 from gmta.mail.message import Message
@@ -16,6 +16,16 @@ _COMMENT = re.compile(rb"\A(?:\s|\((?:[^()\\]|\\.)*\))*")
 
 def _atom(text: str) -> str:
     return _UNSAFE.sub("?", text)[:255] or "unknown"
+
+
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def date(at: float) -> str:
+    """A date-time (RFC 5322 section 3.3) in UTC; at: Unix seconds."""
+    year, month, day, hour, minute, second, weekday, _, _ = time.gmtime(at)
+    return f"{_DAYS[weekday]}, {day:02d} {_MONTHS[month - 1]} {year:04d} {hour:02d}:{minute:02d}:{second:02d} +0000"
 
 
 def received(session: Session, transaction: Transaction, hostname: str, at: float) -> str:
@@ -33,7 +43,7 @@ def received(session: Session, transaction: Transaction, hostname: str, at: floa
         original = transaction.recipients[0].original
         if original.is_ascii:
             value += f"\r\n\tfor <{original}>"
-    return value + f"; {formatdate(at)}"
+    return value + f"; {date(at)}"
 
 
 def return_path(sender: Address) -> str:

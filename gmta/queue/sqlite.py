@@ -36,6 +36,7 @@ ROOM_FOR_S = 0.5
 LANES = 1000  # lanes looked at in one search
 PURGE = 2000
 _start_new_thread = get_original("_thread", "start_new_thread")
+_json = json.JSONEncoder(default=str, separators=(",", ":")).encode
 
 
 class _Shard:
@@ -417,7 +418,7 @@ class SqliteStore:
                 self._claims[envelope.id] = claim
             for event in operation.events:
                 self._event_number = max(self._event_number + 1, int(event.at * 1e6))
-                events.append((event.queue_id, self._event_number, event.at, event.kind, json.dumps(event.data, default=str)))
+                events.append((event.queue_id, self._event_number, event.at, event.kind, _json(event.data)))
         connection = shard.connection
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -484,7 +485,7 @@ class SqliteStore:
         body = message.body
         in_file = isinstance(body, FileBody)
         return (envelope.id, schema.storable(str(envelope.sender)), envelope.size or message.size, envelope.received_at,
-                len(envelope.recipients), json.dumps(envelope.to_dict(), default=str), message.header, len(message.separator),
+                len(envelope.recipients), _json(envelope.to_dict()), message.header, len(message.separator),
                 None if isinstance(body, FileBody) else body.data,
                 os.path.basename(body.path) if isinstance(body, FileBody) else None,
                 body.offset if isinstance(body, FileBody) else 0, body.size if in_file else 0)

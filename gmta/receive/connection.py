@@ -7,7 +7,6 @@ answered in one write (RFC 2920). Whatever goes wrong here ends this connection 
 from __future__ import annotations
 
 import socket
-import time
 from typing import Any
 
 import gevent
@@ -17,6 +16,7 @@ from gmta.mail.reply import Reply
 from gmta.mail.session import Session
 from gmta.receive.limits import ConnectionLimits
 from gmta.receive.pipeline import Pipeline, Reception
+from gmta.services.deadlines import NEVER, Deadlines
 from gmta.services.tls import tls_info
 from gmta.smtp import events
 from gmta.smtp.server import Extensions, ServerProtocol
@@ -24,6 +24,7 @@ from gmta.smtp.server import Extensions, ServerProtocol
 RECEIVE = 64 * 1024
 RECEIVE_DATA = 256 * 1024
 LINGER_S = 2.0
+WRITE_S = 60.0
 SILENT_S = 1.0  # a client silent for so long, outside a message, is cut when the worker leaves
 
 
@@ -34,8 +35,8 @@ class Hangup(Exception):
 class Connection:
     """Serves one accepted socket until it is over."""
 
-    __slots__ = ("_auth_failures", "_clock", "_data_octets", "_data_since", "_deadline", "_errors", "_heard_at", "_limits", "_listener", "_out",
-                 "_pipeline", "_reception", "_socket", "_tls", "busy", "session")
+    __slots__ = ("_auth_failures", "_clock", "_cut", "_data_octets", "_data_since", "_deadlines", "_errors", "_heard_at", "_limits",
+                 "_listener", "_out", "_phase_ends", "_pipeline", "_reception", "_socket", "_tls", "_writing", "busy", "deadline", "session")
 
     def __init__(self, sock: Any, session: Session, listener: Any, pipeline: Pipeline, tls: Any, limits: ConnectionLimits) -> None:
         self._socket = sock
@@ -44,12 +45,16 @@ class Connection:
         self._pipeline = pipeline
         self._tls = tls
         self._limits = limits
-        self._clock = time.monotonic
+        self._deadlines: Deadlines = pipeline.services.deadlines
+        self._clock = self._deadlines.clock
         self._errors = 0
         self._auth_failures = 0
         self._data_since = 0.0
         self._data_octets = 0
-        self._deadline = 0.0
+        self._phase_ends = 0.0  # when the command, or the message, has to be complete
+        self.deadline = NEVER  # of the wait for the socket
+        self._writing = False
+        self._cut: Reply | None = None  # why a deadline ended the connection
         self._heard_at = self._clock()
         self._out: list[bytes] = []
         self._reception = Reception(pipeline, session)
@@ -60,6 +65,7 @@ class Connection:
         reason = "lost"
         plugins = self._pipeline.plugins
         opened = False
+        self._deadlines.watch(self)
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if not admitted:
@@ -79,6 +85,7 @@ class Connection:
         except (OSError, gevent.Timeout) as error:
             reason = f"lost ({type(error).__name__})"
         finally:
+            self._deadlines.forget(self)
             self._reception.forget()
             self._close()
             if opened and plugins.has("on_session_closed"):
@@ -149,6 +156,8 @@ class Connection:
                 close = self._count_error(reply, limits) or close
             if close:
                 self._flush()
+                if reply.code == 221 and not protocol.buffered:
+                    return "quit"  # nothing follows QUIT, so nothing can make a reset of our end
                 self._linger()
                 return "quit" if reply.code == 221 else f"closed after {reply.code}"
 
@@ -175,35 +184,59 @@ class Connection:
         if protocol.in_data:
             if not self._data_since:
                 self._data_since, self._data_octets = now, 0
-                self._deadline = now + limits.data_timeout
-            elapsed_s = now - self._data_since
-            if elapsed_s > limits.data_rate_after and self._data_octets < elapsed_s * limits.data_rate:
-                self._last_word(replies.TOO_SLOW)
-                raise Hangup("too slow")
+                self._phase_ends = now + limits.data_timeout
+            if self._slow(now):
+                self._cut = replies.TOO_SLOW
             wait_s, size = limits.data_rate_after, RECEIVE_DATA  # to look at the rate again
         else:
             wait_s, size = limits.command_timeout_pressure if self._limits.pressed else limits.command_timeout, RECEIVE
             if self._data_since or not protocol.buffered:
-                self._data_since, self._deadline = 0.0, now + wait_s
-        try:
-            self._socket.settimeout(max(0.001, min(wait_s, self._deadline - now)))
+                self._data_since, self._phase_ends = 0.0, now + wait_s
+        if self._cut is None:
+            self.deadline = min(now + wait_s, self._phase_ends)
             data: bytes = self._socket.recv(size)
-        except TimeoutError:
-            if protocol.in_data and self._clock() < self._deadline:
-                return b""  # nothing came: the rate decides
-            self._last_word(replies.TIMED_OUT)
-            raise Hangup("timeout") from None
-        if not data:
-            raise Hangup("lost")
-        self._data_octets += len(data)
-        self._heard_at = self._clock()
-        return data
+            self.deadline = NEVER
+            if data:
+                self._data_octets += len(data)
+                self._heard_at = self._clock()
+                return data
+        if self._cut is not None:  # by expire, or here
+            self._last_word(self._cut)
+            raise Hangup("too slow" if self._cut is replies.TOO_SLOW else "timeout")
+        raise Hangup("lost")
+
+    def _slow(self, now: float) -> bool:
+        """Whether the message comes in below the least rate."""
+        limits = self._pipeline.config.limits
+        elapsed_s = now - self._data_since
+        return bool(elapsed_s > limits.data_rate_after and self._data_octets < elapsed_s * limits.data_rate)
+
+    def expire(self) -> None:
+        """The wait for the socket has taken too long: ends it, or grants more to a message that comes fast enough."""
+        now = self._clock()
+        if self._writing:
+            how = socket.SHUT_RDWR
+        elif now >= self._phase_ends:
+            self._cut, how = replies.TIMED_OUT, socket.SHUT_RD
+        elif self._slow(now):
+            self._cut, how = replies.TOO_SLOW, socket.SHUT_RD
+        else:
+            self.deadline = min(now + self._pipeline.config.limits.data_rate_after, self._phase_ends)
+            return
+        self.deadline = NEVER
+        try:
+            self._socket._sock.shutdown(how)  # below TLS and gevent: the greenlet that waits sees the end of the stream
+        except OSError:
+            pass
 
     def _flush(self) -> None:
         data = b"".join(self._out)
         self._out.clear()
-        self._socket.settimeout(60)
-        self._socket.sendall(data)
+        self._writing, self.deadline = True, self._clock() + WRITE_S
+        sent = self._socket.send(data)  # sendall would ask the kernel for its buffer size each time
+        while sent < len(data):
+            sent += self._socket.send(data[sent:])
+        self._writing, self.deadline = False, NEVER
 
     def _last_word(self, reply: Reply) -> None:
         try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gmta.config import Config
     from gmta.services.batch import Batch
+    from gmta.services.deadlines import Deadlines
     from gmta.services.log import Log
     from gmta.services.metrics import Metrics
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class Services:
     """hostname; log; metrics; clock() in Unix seconds; resolver or None; config; spawn(fn, *args); batch(name)."""
 
-    __slots__ = ("_batches", "clock", "config", "hostname", "log", "metrics", "resolver")
+    __slots__ = ("_batches", "_deadlines", "clock", "config", "hostname", "log", "metrics", "resolver")
 
     def __init__(self, config: Config, log: Log, metrics: Metrics, *, hostname: str | None = None,
                  clock: Callable[[], float] = time.time, resolver: Any = None) -> None:
@@ -31,12 +32,22 @@ class Services:
         self.clock = clock
         self.resolver = resolver
         self._batches: dict[str, Batch] = {}
+        self._deadlines: Deadlines | None = None
 
     def spawn(self, function: Callable[..., Any], *args: Any) -> Any:
         """Starts `function(*args)` in a greenlet of its own and returns the greenlet."""
         import gevent
 
         return gevent.spawn(function, *args)
+
+    @property
+    def deadlines(self) -> Deadlines:
+        """The deadlines of this worker's connections, in and out."""
+        if self._deadlines is None:
+            from gmta.services.deadlines import Deadlines
+
+            self._deadlines = Deadlines()
+        return self._deadlines
 
     def batch(self, name: str, run: Callable[[list[Any]], list[Any]] | None = None, *, max_items: int = 32,
               linger_s: float = 0.0) -> Batch:

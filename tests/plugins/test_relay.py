@@ -19,6 +19,7 @@ from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import Message
 from gmta.mail.verdict import Status
+from gmta.services.deadlines import Deadlines
 from gmta.services.log import NullLog
 from gmta_plugins.relay import Lmtp, Relay, split_host
 
@@ -100,7 +101,7 @@ def remote() -> Iterator[Remote]:
 
 
 def services() -> Any:
-    return SimpleNamespace(hostname="mx.example", clock=time.time, spawn=gevent.spawn, log=NullLog(),
+    return SimpleNamespace(hostname="mx.example", clock=time.time, spawn=gevent.spawn, log=NullLog(), deadlines=Deadlines(),
                            config=SimpleNamespace(dns=SimpleNamespace(servers=["127.0.0.1:9"], timeout=1.0, cache_size=10)))
 
 
