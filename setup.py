@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "gmta", "gmta.mail", "gmta.smtp", "gmta.services", "gmta.queue", "gmta.receive",
-        "gmta.deliver", "gmta.cli", "gmta.testing", "gmta_plugins",
+        "gmta.deliver", "gmta.verify", "gmta.cli", "gmta.testing", "gmta_plugins",
     ],
     package_dir={"gmta": "gmta", "gmta_plugins": "plugins"},
     package_data={"gmta": ["py.typed"]},
@@ -29,7 +29,7 @@ setup(
         "click>=8.1", "rich>=13.7", "cryptography>=42", "idna>=3.7", "prometheus-client>=0.20",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "import-linter>=2", "ruff>=0.6", "mypy>=1.11"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "import-linter>=2", "ruff>=0.6", "mypy>=1.11", "pyyaml>=6"],
     },
     entry_points={
         "console_scripts": ["gmta = gmta.cli:main"],
