@@ -7,7 +7,7 @@ DKIM keys) is left to the callers, and so is DNSSEC validation: the AD bit of a 
 
 Failure: no look-up raises. A name that can't exist is NXDOMAIN with a reason; a server that is silent, refuses, fails or
 answers nonsense is passed over for the next one, and when none is left or the deadline is over, the answer is TEMPORARY.
-`LookUps` holds what is built from look-ups alone, so that `gmta.testing.zone.Zone` has it too.
+`Resolver.ask` alone speaks to servers; `gmta.testing.zone.Zone` puts a table in its place.
 
 RFC 1034, RFC 1035, RFC 2308 (negative answers), RFC 5452 (forged answers), RFC 6840 section 5.7 (AD), RFC 6891 (EDNS0).
 """
@@ -160,17 +160,97 @@ def reverse_query(ip: str) -> str:
     return address.reverse_pointer
 
 
-class LookUps:
-    """What is built on `look_up` alone. timeout_s: the deadline of each of these as a whole."""
+class Server(NamedTuple):
+    """A name server's address."""
 
-    timeout_s: float = 5.0
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """The socket family."""
+        return socket.AF_INET6 if ":" in self.host else socket.AF_INET
+
+    @property
+    def loopback(self) -> bool:
+        """True where no network lies between."""
+        return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
+
+    def sockaddr(self) -> tuple[Any, ...]:
+        """What connect takes, numbers only, so that nothing resolves it; raises OSError for an unknown interface."""
+        host, _, zone = self.host.partition("%")
+        if not zone:
+            return (host, self.port)
+        return (host, self.port, 0, int(zone) if zone.isdigit() else socket.if_nametoindex(zone))
+
+
+class Unanswered(Exception):
+    """This server has no use for this query; or, from `Resolver.ask`, none has. `late`: the deadline is over."""
+
+    def __init__(self, reason: str, *, late: bool = False) -> None:
+        super().__init__(reason)
+        self.late = late
+
+
+class _Flight:
+    """A look-up under way: `done` is set when its owner has ended; without `answer` by then, another has to take over."""
+
+    __slots__ = ("answer", "done")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.answer: Answer | None = None
+
+
+class Resolver:
+    """Asks the servers and keeps the answers; one a worker, shared by its greenlets.
+
+    servers: `ADDRESS`, `ADDRESS:PORT`, `[IPv6]:PORT`; none: those of resolv.conf, read again when it changes.
+    timeout_s: for one whole look-up with all its tries, servers and CNAMEs.  cache_size: answers kept (one with more than
+    a kilobyte counts for several); 0: none.  validating: whether AD is believed; None: from servers on loopback only.
+    Raises ValueError for a bad server address.
+    """
+
+    def __init__(self, servers: Sequence[str] = (), *, timeout_s: float = 5.0, cache_size: int = 10000,
+                 clock: Callable[[], float] = time.time, validating: bool | None = None, resolv_conf: str = RESOLV_CONF) -> None:
+        self.timeout_s = timeout_s
+        self.cache_size = cache_size
+        self.validating = validating
+        self._clock = clock
+        self._configured = [Server(*name_server(server)) for server in servers]
+        self._resolv_conf = resolv_conf
+        self._system: list[Server] = []
+        self._system_stamp: tuple[int, ...] | None = None
+        self._avoid: dict[Server, float] = {}  # server -> monotonic time until which it is asked last
+        self._cache: OrderedDict[tuple[str, str], tuple[Answer, int]] = OrderedDict()
+        self._slots = 0
+        self._flights: dict[tuple[str, str], _Flight] = {}
+
+    @classmethod
+    def configured(cls, config: Config, clock: Callable[[], float] = time.time) -> Resolver:
+        """A Resolver as [dns] says."""
+        keys = config.dns
+        return cls(keys.servers, timeout_s=keys.timeout, cache_size=keys.cache_size, clock=clock, validating=keys.validating)
+
+    # --- what callers ask for ---------------------------------------------------------------------------------
 
     def look_up(self, name: str, kind: str, *, timeout_s: float | None = None) -> Answer:
         """The records of a kind ("A", "MX", "TXT", …) at a name; never raises.
 
         timeout_s: for this look-up, where it is to end before the resolver's own deadline.
         """
-        raise NotImplementedError
+        key = (name, kind)
+        entry = self._cache.get(key)
+        if entry is not None and entry[0].expires_at > self._clock():
+            try:
+                self._cache.move_to_end(key)
+            except KeyError:
+                pass  # dropped by another thread just now
+            return entry[0]
+        return self._look_up(name, kind.upper(), timeout_s)
 
     def addresses(self, name: str, families: Iterable[int] = (4, 6), *, timeout_s: float | None = None) -> Addresses:
         """The IP addresses of a name in the families 4 and 6, under one deadline."""
@@ -217,98 +297,7 @@ class LookUps:
                 return name
         return ""
 
-
-class Server(NamedTuple):
-    """A name server's address."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def family(self) -> socket.AddressFamily:
-        """The socket family."""
-        return socket.AF_INET6 if ":" in self.host else socket.AF_INET
-
-    @property
-    def loopback(self) -> bool:
-        """True where no network lies between."""
-        return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
-
-    def sockaddr(self) -> tuple[Any, ...]:
-        """What connect takes, numbers only, so that nothing resolves it; raises OSError for an unknown interface."""
-        host, _, zone = self.host.partition("%")
-        if not zone:
-            return (host, self.port)
-        return (host, self.port, 0, int(zone) if zone.isdigit() else socket.if_nametoindex(zone))
-
-
-class _Unanswered(Exception):
-    """This server has no use for this query; or, from `_ask`, none has. `late`: the deadline is over."""
-
-    def __init__(self, reason: str, *, late: bool = False) -> None:
-        super().__init__(reason)
-        self.late = late
-
-
-class _Flight:
-    """A look-up under way: `done` is set when its owner has ended; without `answer` by then, another has to take over."""
-
-    __slots__ = ("answer", "done")
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.answer: Answer | None = None
-
-
-class Resolver(LookUps):
-    """Asks the servers and keeps the answers; one a worker, shared by its greenlets.
-
-    servers: `ADDRESS`, `ADDRESS:PORT`, `[IPv6]:PORT`; none: those of resolv.conf, read again when it changes.
-    timeout_s: for one whole look-up with all its tries, servers and CNAMEs.  cache_size: answers kept (one with more than
-    a kilobyte counts for several); 0: none.  validating: whether AD is believed; None: from servers on loopback only.
-    Raises ValueError for a bad server address.
-    """
-
-    def __init__(self, servers: Sequence[str] = (), *, timeout_s: float = 5.0, cache_size: int = 10000,
-                 clock: Callable[[], float] = time.time, validating: bool | None = None, resolv_conf: str = RESOLV_CONF) -> None:
-        self.timeout_s = timeout_s
-        self.cache_size = cache_size
-        self.validating = validating
-        self._clock = clock
-        self._configured = [Server(*name_server(server)) for server in servers]
-        self._resolv_conf = resolv_conf
-        self._system: list[Server] = []
-        self._system_stamp: tuple[int, ...] | None = None
-        self._avoid: dict[Server, float] = {}  # server -> monotonic time until which it is asked last
-        self._cache: OrderedDict[tuple[str, str], tuple[Answer, int]] = OrderedDict()
-        self._slots = 0
-        self._flights: dict[tuple[str, str], _Flight] = {}
-
-    @classmethod
-    def configured(cls, config: Config, clock: Callable[[], float] = time.time) -> Resolver:
-        """A Resolver as [dns] says."""
-        keys = config.dns
-        return cls(keys.servers, timeout_s=keys.timeout, cache_size=keys.cache_size, clock=clock, validating=keys.validating)
-
     # --- the cache ------------------------------------------------------------------------------------------
-
-    def look_up(self, name: str, kind: str, *, timeout_s: float | None = None) -> Answer:
-        """The records of a kind ("A", "MX", "TXT", …) at a name; never raises.
-
-        timeout_s: for this look-up, where it is to end before the resolver's own deadline.
-        """
-        key = (name, kind)
-        entry = self._cache.get(key)
-        if entry is not None and entry[0].expires_at > self._clock():
-            try:
-                self._cache.move_to_end(key)
-            except KeyError:
-                pass  # dropped by another thread just now
-            return entry[0]
-        return self._look_up(name, kind.upper(), timeout_s)
 
     def forget(self) -> None:
         """Empties the cache."""
@@ -375,7 +364,7 @@ class Resolver(LookUps):
         try:
             try:
                 answer = self._resolve(key, asked, rdtype, deadline)
-            except _Unanswered as failure:
+            except Unanswered as failure:
                 answer = self._temporary(*key, str(failure))
                 if failure.late and hurried:
                     return answer
@@ -390,13 +379,13 @@ class Resolver(LookUps):
         return Answer(name, kind, Status.TEMPORARY, canonical=name, expires_at=self._clock() + TTL_TEMPORARY_S, reason=reason)
 
     def _resolve(self, key: tuple[str, str], asked: dns.name.Name, rdtype: RdataType, deadline: float) -> Answer:
-        """Asks, and asks again for CNAME targets that the server left out; raises _Unanswered."""
+        """Asks, and asks again for CNAME targets that the server left out; raises Unanswered."""
         target = asked
         seen = {asked}
         ttl_s = TTL_MOST_S
         secure = True
         while True:
-            message, server = self._ask(target, rdtype, deadline)
+            message, server = self.ask(target, rdtype, deadline)
             believed = server.loopback if self.validating is None else self.validating
             secure = secure and believed and bool(message.flags & dns.flags.AD)
             sets = {(rrset.name, rrset.rdtype): rrset for rrset in message.answer if rrset.rdclass == dns.rdataclass.IN}
@@ -409,9 +398,9 @@ class Resolver(LookUps):
                 ttl_s = min(ttl_s, alias.ttl)
                 target = alias[0].target.canonicalize()
                 if target in seen:
-                    raise _Unanswered("CNAME loop")
+                    raise Unanswered("CNAME loop")
                 if len(seen) > MAX_ALIASES:
-                    raise _Unanswered("too many CNAMEs")
+                    raise Unanswered("too many CNAMEs")
                 seen.add(target)
                 found = sets.get((target, rdtype))
             canonical = name_text(target)
@@ -429,8 +418,8 @@ class Resolver(LookUps):
 
     # --- the servers ----------------------------------------------------------------------------------------
 
-    def _ask(self, name: dns.name.Name, rdtype: RdataType, deadline: float) -> tuple[dns.message.Message, Server]:
-        """A usable answer, and the server that gave it; raises _Unanswered when there is no server or time left.
+    def ask(self, name: dns.name.Name, rdtype: RdataType, deadline: float) -> tuple[dns.message.Message, Server]:
+        """A usable answer, and the server that gave it; raises Unanswered when there is no server or time left.
 
         A silent server is asked again after the others, with more patience; one that fails is not.
         """
@@ -445,20 +434,20 @@ class Resolver(LookUps):
                 for exchange in tuple(left):
                     now = time.monotonic()
                     if now >= deadline:
-                        raise _Unanswered(reason if reason != "no name server" else "no time left", late=True)
+                        raise Unanswered(reason if reason != "no name server" else "no time left", late=True)
                     try:
                         message = exchange.ask(min(deadline, now + wait_s), min(deadline, now + 2 * wait_s))
                     except TimeoutError:
                         reason = f"no answer from {exchange.server}"
                         self._avoid[exchange.server] = time.monotonic() + AVOID_S
-                    except (_Unanswered, OSError) as error:
+                    except (Unanswered, OSError) as error:
                         reason = f"{exchange.server}: {getattr(error, 'strerror', None) or error}"
                         left.remove(exchange)
                     else:
                         self._avoid.pop(exchange.server, None)
                         return message, exchange.server
                 wait_s *= 2
-            raise _Unanswered(reason)
+            raise Unanswered(reason)
         finally:
             for exchange in exchanges:
                 exchange.close()
@@ -501,7 +490,7 @@ class _Exchange:
         self._wire = b""
 
     def ask(self, until: float, until_tcp: float) -> dns.message.Message:
-        """Sends the query and gives the answer; raises TimeoutError, _Unanswered or OSError.
+        """Sends the query and gives the answer; raises TimeoutError, Unanswered or OSError.
 
         until, until_tcp: when to stop waiting, by time.monotonic, over UDP and over TCP.
         """
@@ -515,9 +504,9 @@ class _Exchange:
             message = self._ask_tcp(until_tcp)  # RFC 7766 section 5
         rcode = message.rcode()
         if rcode not in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN):
-            raise _Unanswered(dns.rcode.to_text(rcode))
+            raise Unanswered(dns.rcode.to_text(rcode))
         if _is_referral(message):
-            raise _Unanswered("lame: refers to other servers")
+            raise Unanswered("lame: refers to other servers")
         return message
 
     def close(self) -> None:
@@ -542,7 +531,7 @@ class _Exchange:
             message = self._read(sock.recv(65535))
             if message is not None:
                 return message
-        raise _Unanswered("too many answers to other questions")
+        raise Unanswered("too many answers to other questions")
 
     def _ask_tcp(self, until: float) -> dns.message.Message:
         with socket.socket(self.server.family, socket.SOCK_STREAM) as sock:
@@ -551,7 +540,7 @@ class _Exchange:
             sock.sendall(len(self._wire).to_bytes(2, "big") + self._wire)
             message = self._read(_exactly(sock, int.from_bytes(_exactly(sock, 2, until), "big"), until))
         if message is None or message.flags & dns.flags.TC:
-            raise _Unanswered("a wrong answer over TCP")
+            raise Unanswered("a wrong answer over TCP")
         return message
 
     def _make_query(self) -> None:
@@ -561,13 +550,13 @@ class _Exchange:
         self._wire = dns.message.make_query(self._name, self._rdtype, id=self._ident, flags=flags, **edns).to_wire()
 
     def _read(self, data: bytes) -> dns.message.Message | None:
-        """The message, None where it does not answer our query; raises _Unanswered where it does but can't be read."""
+        """The message, None where it does not answer our query; raises Unanswered where it does but can't be read."""
         if len(data) < 12 or int.from_bytes(data[:2], "big") != self._ident or not data[2] & 0x80:
             return None
         try:
             message = dns.message.from_wire(data, ignore_trailing=True)
         except (dns.exception.DNSException, ValueError, IndexError, KeyError, AttributeError) as error:
-            raise _Unanswered(f"unreadable answer ({type(error).__name__})") from None
+            raise Unanswered(f"unreadable answer ({type(error).__name__})") from None
         if message.opcode() != dns.opcode.QUERY:
             return None
         if not message.question and message.rcode() in _WITHOUT_QUESTION:
