@@ -22,7 +22,7 @@ import gmta
 from gmta import PluginConfig, hookimpl
 from gmta.mail.address import Address
 from gmta.mail.message import Message
-from gmta.services.files import NO_ROOM, sync_directory, write_all
+from gmta.services.files import NO_ROOM, start_writing_out, sync_directory, write_all
 
 LINGER_S = 0.010
 BATCH = 32
@@ -119,6 +119,8 @@ class Maildir:
                     written.append((number, self._write(item)))
             except OSError as error:
                 results[number] = error
+        for _, file in written:
+            start_writing_out(file)
         for number, file in written:
             try:
                 try:

@@ -10,6 +10,7 @@ RFC 5321 section 4.2, RFC 2034, RFC 3463, RFC 5248.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 MAX_LINE = 512  # RFC 5321 section 4.5.3.1.5, octets of a reply line with its CRLF
 MAX_LINES = 100
@@ -129,6 +130,12 @@ class Reply:
         if enhanced is not None and enhanced[0] != str(code)[0]:
             enhanced = None
         return cls(code, enhanced, *texts)
+
+
+@lru_cache(maxsize=256)
+def parse_line(line: bytes) -> Reply:
+    """Reply.parse of one line: remotes say the same few lines over and over."""
+    return Reply.parse([line])
 
 
 # --- gmta's own answers: code, enhanced code (RFC 3463, RFC 5248) and text, all in one place --------------------

@@ -25,7 +25,7 @@ from gmta.queue import schema
 from gmta.queue.ids import ID, TAG_LENGTH, time_prefix
 from gmta.queue.store import Event, Settlement, StoreError, StoreFull
 from gmta.services.batch import Batch, BatchClosed, call_each
-from gmta.services.files import NO_ROOM, sync_directory, write_all
+from gmta.services.files import NO_ROOM, start_writing_out, sync_directory, write_all
 from gmta.services.log import Log
 
 ROWS = 64  # rows a statement
@@ -101,7 +101,7 @@ class SqliteStore:
         self._primary = self._take()
         self._shards = [self._primary]
         self._writer = Batch(self._run, max_items=512, linger_s=LINGER_S, name="queue")
-        self._files = Batch(call_each, max_items=32, name="spool")
+        self._files = Batch(_sync_bodies, max_items=32, linger_s=LINGER_S, name="spool")
         self._fill_reserve()
         _start_new_thread(self._sweep, (self._primary,))
 
@@ -283,23 +283,8 @@ class SqliteStore:
         body = message.body
         if not isinstance(body, FileBody):
             return
-        path = self.new_spool_file(queue_id)
-
-        def sync() -> None:
-            if body.path != path:
-                with open(path, "wb", buffering=0) as file:
-                    for piece in body.chunks():
-                        write_all(file.fileno(), piece)
-                body.path, body.offset = path, 0
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
-            sync_directory(os.path.dirname(path))
-
         try:
-            self._files.submit(sync)
+            self._files.submit((body, self.new_spool_file(queue_id)))
         except (OSError, BatchClosed) as error:
             raise (StoreFull if getattr(error, "errno", 0) in NO_ROOM else StoreError)(str(error)) from error
 
@@ -621,6 +606,36 @@ class SqliteStore:
             shard.connection.execute(
                 "DELETE FROM event WHERE (message, n) IN (SELECT message, n FROM event WHERE message < ?1 "
                 "AND NOT EXISTS (SELECT 1 FROM message WHERE id = event.message) LIMIT ?2)", (before, PURGE))
+
+
+def _sync_bodies(items: list[tuple[FileBody, str]]) -> list[OSError | None]:
+    """Makes large bodies durable at their (body, path), copying those that lie elsewhere; each directory is synced once."""
+    results: list[OSError | None] = [None] * len(items)
+    written: list[tuple[int, int]] = []
+    for number, (body, path) in enumerate(items):
+        try:
+            if body.path != path:
+                with open(path, "wb", buffering=0) as file:
+                    for piece in body.chunks():
+                        write_all(file.fileno(), piece)
+                body.path, body.offset = path, 0
+            written.append((number, os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+            start_writing_out(written[-1][1])
+        except OSError as error:
+            results[number] = error
+    for number, descriptor in written:
+        try:
+            os.fdatasync(descriptor)
+        except OSError as error:
+            results[number] = error
+        finally:
+            os.close(descriptor)
+    for directory in {os.path.dirname(path) for _, path in items}:
+        try:
+            sync_directory(directory)
+        except OSError as error:
+            results = [result or error for result in results]
+    return results
 
 
 def _insert(connection: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from gmta.mail.address import Address
-from gmta.mail.reply import MAX_LINES, Reply
+from gmta.mail.reply import MAX_LINES, Reply, parse_line
 from gmta.smtp.commands import encode_xtext
 from gmta.smtp.lines import ProtocolError
 
@@ -82,7 +82,7 @@ class ClientProtocol:
                 continue
             lines, self._lines, self._size = self._lines, [], 0
             try:
-                reply = Reply.parse(lines)
+                reply = parse_line(line) if len(lines) == 1 else Reply.parse(lines)
             except ValueError as error:
                 raise ProtocolError(str(error)) from error
             self._answered(reply, lines)
