@@ -124,8 +124,8 @@ def name_server(text: str) -> tuple[str, int]:
     """
     host, port = text.strip(), "53"
     if host.startswith("["):
-        host, _, rest = host[1:].partition("]")
-        port = rest[1:] if rest.startswith(":") else "" if rest else port
+        host, closed, rest = host[1:].partition("]")
+        port = rest[1:] if rest.startswith(":") else port if closed and not rest else ""
     elif host.count(":") == 1:
         host, _, port = host.partition(":")
     try:

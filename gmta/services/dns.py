@@ -257,7 +257,7 @@ class Resolver:
         end = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         wanted = set(families)
         answers = [self.look_up(name, kind, timeout_s=max(0.0, end - time.monotonic()))
-                   for family, kind in ((6, "AAAA"), (4, "A")) if family in wanted]
+                   for family, kind in ((4, "A"), (6, "AAAA")) if family in wanted]
         found = [answer for answer in answers if answer.status is Status.FOUND]
         unknown = [answer for answer in answers if answer.status is Status.TEMPORARY]
         first = (found or unknown or answers)[0]
@@ -347,7 +347,7 @@ class Resolver:
             mine = _Flight()
             flight = self._flights.setdefault(key, mine)
             if flight is mine:
-                return self._fly(key, mine, asked, rdtype, deadline, hurried=limit_s < self.timeout_s)
+                return self._fly(key, mine, asked, rdtype, deadline, hurried=limit_s < self.timeout_s / 2)
             left_s = deadline - time.monotonic()
             if left_s <= 0 or not flight.done.wait(left_s):
                 return self._temporary(name, kind, "no answer in time")
@@ -554,7 +554,7 @@ class _Exchange:
         if len(data) < 12 or int.from_bytes(data[:2], "big") != self._ident or not data[2] & 0x80:
             return None
         try:
-            message = dns.message.from_wire(data, ignore_trailing=True)
+            message = dns.message.from_wire(data, ignore_trailing=True, question_only=bool(data[2] & 2))  # TC: cut anywhere
         except (dns.exception.DNSException, ValueError, IndexError, KeyError, AttributeError) as error:
             raise Unanswered(f"unreadable answer ({type(error).__name__})") from None
         if message.opcode() != dns.opcode.QUERY:
@@ -647,4 +647,4 @@ def _read_resolv_conf(path: str) -> list[Server]:
 
 def _shown(text: str) -> str:
     """Text that came from outside, for a name or reason that is logged."""
-    return text.encode("ascii", "backslashreplace").decode()[:255]
+    return ascii(text)[1:-1][:255]
