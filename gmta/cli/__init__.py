@@ -26,6 +26,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType({
     "route": "gmta.cli.check",
     "queue": "gmta.cli.queue",
     "trace": "gmta.cli.queue",
+    "auth": "gmta.cli.auth",
+    "dmarc": "gmta.cli.auth",
 })
 
 

@@ -20,7 +20,7 @@ from gmta.services.dns import Answer, Status
 
 MAX_QUERIES = 30  # questions one message may cost
 MAX_SECONDS = 20.0  # and how long they may take in all (RFC 7208 section 4.6.4 asks to allow 20)
-RESERVED = 9  # of these for DMARC, which is asked last: eight of a tree walk (RFC 9989 section 4.10) and one for np=
+RESERVED = 10  # of these for DMARC, which is asked last: eight of a tree walk (RFC 9989 section 4.10), np=, one more walk's first
 
 _NOTE = "lookups"
 

@@ -35,7 +35,7 @@ from gmta.services.dns import Status
 from gmta.verify import Asks
 
 MAX_TERMS = 1000  # of all records of an evaluation together: bounds the time that records of 60 KB can cost
-MAX_QUERIES = 40  # names asked for in an evaluation; ten mx terms with ten hosts each would be 110
+MAX_QUERIES = 20  # names asked for in an evaluation; ten mx terms with ten hosts each would be 110
 MAX_EXPLANATION = 250  # octets of exp= text that fit a reply line
 KEPT_RECORDS = 1000  # parsed ones
 KEPT_SIZE = 1024  # octets of a record that is kept, so that they take some megabytes at most
