@@ -448,6 +448,7 @@ class Listener(CoreSection):
     auth_required: bool | None = Field(None, description="default: yes for submission")
     bare_newline: Annotated[Literal["reject", "normalize"], _absent("reject")] = "reject"
     proxy_protocol: Annotated[bool, _absent(False)] = False
+    reverse_lookup: bool = Field(False, description="find the client's name before the banner")
 
 
 class Tls(CoreSection):

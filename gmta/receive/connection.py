@@ -74,6 +74,8 @@ class Connection:
             if self._listener.tls == "implicit":
                 self._handshake()
             opened = True
+            if self._listener.reverse_lookup:
+                self.session.peer_name = self._pipeline.services.resolver.reverse_name(self.session.peer_ip)
             refusal = self._reception.connected()
             if refusal is not None:
                 self._last_word(refusal)

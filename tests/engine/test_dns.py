@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from gmta.config import name_server
 from gmta.services.dns import TTL_TEMPORARY_S, Answer, Resolver, Status, name_text, reverse_query, texts, wire_name
+from gmta.testing import Dialogue, MemoryServer
 from gmta.testing.zone import NameServer, Zone
 
 Respond = Callable[[dns.message.Message, bool], Any]
@@ -516,6 +517,7 @@ monkey.patch_all()
 import threading
 import gevent
 from gmta.services.dns import Resolver, Status
+from gmta.testing import Dialogue, MemoryServer
 from gmta.testing.zone import NameServer, Zone
 
 zone = Zone({"host.example": {"A": "192.0.2.1"}})
@@ -626,3 +628,25 @@ def test_zone_ad() -> None:
 def test_reverse_query() -> None:
     assert reverse_query("192.0.2.1") == "1.2.0.192.in-addr.arpa"
     assert reverse_query("2001:db8::1") == ipaddress.ip_address("2001:db8::1").reverse_pointer
+
+
+# --- the name of a client -------------------------------------------------------------------------------------
+
+DIALOGUE = """
+S: 220 *
+C: HELO client.example
+S: 250 *
+C: QUIT
+S: 221 *
+EOF
+"""
+
+
+@pytest.mark.parametrize(("lookup", "ip", "name", "asked"), [
+    ("yes", "192.0.2.1", "client.example", 2), ("yes", "192.0.2.2", "", 1), ("yes", "192.0.2.3", "", 1), ("no", "192.0.2.1", "", 0),
+])
+def test_client_has_a_name_where_the_listener_asks_for_it(lookup: str, ip: str, name: str, asked: int) -> None:
+    zone = Zone({"1.2.0.192.in-addr.arpa": {"PTR": "client.example"}, "client.example": {"A": "192.0.2.1"}, "3.2.0.192.in-addr.arpa": {"rcode": "TIMEOUT"}})
+    server = MemoryServer(given={"listener:mx": {"reverse_lookup": lookup}}, resolver=zone, peer_ip=ip)
+    assert server.play(Dialogue.parse(DIALOGUE)).session.peer_name == name
+    assert len(zone.asked) == asked
