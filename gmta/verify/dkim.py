@@ -18,7 +18,6 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -36,6 +35,8 @@ from dkim.util import DuplicateTag, InvalidTagValueList, parse_tag_value
 
 from gmta.mail.address import domain_key
 from gmta.mail.message import Message
+from gmta.services.dns import Status, texts
+from gmta.verify import Asks, Lookups
 from gmta.verify.canonical import BodyHash, Header, hash_body, relaxed_field, without_signature
 
 MAX_SIGNATURES = 10  # judged; the others are named and left
@@ -143,7 +144,9 @@ class Signature:
             return
         self.body_hash = unbase64(tags[b"bh"], "bh=")
         try:
-            policy = CanonicalizationPolicy.from_c_value(tags.get(b"c"))
+            # RFC 8617 takes over DKIM's default, simple; its test suite and those who seal take relaxed (RFC 6376 section 3.5)
+            default = b"relaxed/relaxed" if self.kind == "message" else b"simple/simple"
+            policy = CanonicalizationPolicy.from_c_value(tags.get(b"c", default))
         except InvalidCanonicalizationPolicyError:
             raise Fault("permerror", "unknown canonicalisation in c=") from None
         self.header_relaxed = policy.header_algorithm.name == b"relaxed"
@@ -327,16 +330,14 @@ def _words(value: bytes | None) -> frozenset[bytes] | None:
     return None if value is None else frozenset(word.strip() for word in value.split(b":"))
 
 
-def key_records(resolver: Any, name: str, timeout_s: float) -> list[bytes]:
+def key_records(lookups: Asks, name: str) -> list[bytes]:
     """The TXT records of a key's name, each with its strings joined (RFC 6376 section 3.6.2.2); raises Fault."""
-    if timeout_s <= 0:
-        raise Fault("temperror", "no time left to ask for the key")
-    answer = resolver.look_up(name, "TXT", timeout_s=timeout_s)
-    if answer.status == "temporary":
+    answer = lookups.look_up(name, "TXT")
+    if answer.status is Status.TEMPORARY:
         raise Fault("temperror", f"can't get the key: {answer.reason or 'DNS failed'}")  # RFC 6376 section 6.1.2 step 2
-    if answer.status != "found":
+    if answer.status is not Status.FOUND:
         raise Fault("permerror", "no key for the signature")  # RFC 6376 section 6.1.2 step 3
-    return [b"".join(record.strings) for record in answer.records[:MAX_RECORDS]]
+    return texts(answer)[:MAX_RECORDS]
 
 
 def try_keys(records: Iterable[bytes], signature: Signature, digest: bytes, steps: list[str]) -> Key:
@@ -399,20 +400,15 @@ class Trial:
             except Fault as fault:
                 self.fault = fault
 
-    def ask(self, resolver: Any, known: dict[str, list[bytes] | Fault], deadline: float) -> None:
-        """Gets the key records; `known`: what was asked before for this message."""
+    def ask(self, lookups: Asks) -> None:
+        """Gets the key records."""
         name = self.signature.key_name
-        if name not in known:
-            try:
-                known[name] = key_records(resolver, name, deadline - time.monotonic())
-            except Fault as fault:
-                known[name] = fault
-        found = known[name]
-        if isinstance(found, Fault):
-            self.steps.append(f"key: TXT of {name}: {found.reason}")
-            raise found
-        self.steps.append(f"key: TXT of {name}: " + ("found" if len(found) == 1 else f"{len(found)} records"))
-        self.records = found
+        try:
+            self.records = key_records(lookups, name)
+        except Fault as fault:
+            self.steps.append(f"key: TXT of {name}: {fault.reason}")
+            raise
+        self.steps.append(f"key: TXT of {name}: " + ("found" if len(self.records) == 1 else f"{len(self.records)} records"))
 
     def check_header(self, header: Header) -> None:
         """Holds the signature against the header; what is wrong is kept until the body is known, so that both can be told."""
@@ -503,13 +499,14 @@ def _aligned(domain: str, authors: Sequence[str]) -> bool:
     return any(domain == author or domain.endswith(f".{author}") or author.endswith(f".{domain}") for author in authors)
 
 
-def verify(message: Message, resolver: Any, *, now: float, max_signatures: int = MAX_SIGNATURES, author_domains: Sequence[str] = (),
-           trust_length: bool = False, timeout_s: float = 20.0, heavy: Heavy = run) -> list[DkimResult]:
+def verify(message: Message, resolver: Asks, *, now: float, max_signatures: int = MAX_SIGNATURES, author_domains: Sequence[str] = (),
+           trust_length: bool = False, heavy: Heavy = run) -> list[DkimResult]:
     """Judges the signatures of a message, one result each, in the message's order.
 
     now: Unix seconds.  max_signatures: how many are judged, those of the author's domains first; the others are neutral.
     trust_length: whether a signature passes whose l= leaves a part of the body unsigned; else that is policy.
-    timeout_s: for all questions to DNS together.  heavy: calls a function that hashes a big body, in a thread perhaps.
+    resolver: a Lookups where the message's other questions count too.  heavy: calls a function that hashes a big body, in a
+    thread perhaps.
     Raises OSError where the body can't be read.
     """
     if _ANY.search(message.header) is None:
@@ -534,10 +531,9 @@ def verify(message: Message, resolver: Any, *, now: float, max_signatures: int =
     for trial in sound[max_signatures:]:
         trial.fault = Fault("neutral", f"not judged: more than {max_signatures} signatures")
     judged = sound[:max_signatures]
-    known: dict[str, list[bytes] | Fault] = {}
-    deadline = time.monotonic() + timeout_s
+    lookups = resolver if isinstance(resolver, Lookups) else Lookups(resolver)
     for trial in judged:
-        trial.attempt(trial.ask, resolver, known, deadline)
+        trial.attempt(trial.ask, lookups)
         trial.attempt(trial.check_header, header)
     hashes = hash_for(judged, message, heavy)
     results = []
