@@ -2,7 +2,7 @@ r"""Dialogues: what a client says and what the server must answer, one behaviour
 
 A line is a comment (`#`), a setting (`requires: CHUNKING`), or a step. What the client sends: `C: line` (CRLF is added),
 `SEND-RAW: octets` (nothing is added), with the escapes \r \n \t \0 \\ \xHH, \{text*N} (N times) and \{base64 text}. What the
-server must do: `S: pattern` (one whole reply), `HAS:` and `LACKS:` (lines of that reply), `EOF`. Besides: `STARTTLS`, `CLOSE`,
+server must do: `S: pattern` (one whole reply; `S*3: pattern` three), `HAS:` and `LACKS:` (lines of that reply), `EOF`. Besides: `STARTTLS`, `CLOSE`,
 `WAIT: time`; and at the end what must be in the queue: `QUEUED: <sender> <recipient>`, `HAS:`, `LACKS:`, `BODY:`. docs/testing.md
 has the whole of it. gmta.testing.server plays the same against a server in memory.
 A file that can't be read as a dialogue raises DialogueError; a server that does otherwise, DialogueFailed (an AssertionError).
@@ -24,7 +24,7 @@ from gmta.mail.message import Message
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|\{base64 ([^{}]*)\}|\{([^{}]*)\*([0-9]+)\}|(.)|\Z)", re.S)
 _PLAIN = {"r": "\r", "n": "\n", "t": "\t", "0": "\0", "\\": "\\"}
-_STEP = re.compile(r"(C|S|SEND-RAW|HAS|LACKS|EOF|CLOSE|STARTTLS|WAIT|QUEUED|BODY|BODY-RAW)(?::(?: (.*))?)?\Z", re.S)
+_STEP = re.compile(r"(C|S(?:\*[0-9]{1,4})?|SEND-RAW|HAS|LACKS|EOF|CLOSE|STARTTLS|WAIT|QUEUED|BODY|BODY-RAW)(?::(?: (.*))?)?\Z", re.S)
 _SETTING = re.compile(r"([a-z-]+): *(.*)\Z")
 _PATTERN = re.compile(r"[2-5x][0-9x]{2}(?: .*)?\Z")
 _PATHS = re.compile(r"<([^<>]*)>")
@@ -188,11 +188,14 @@ class Dialogue:
             return self._queue(number, text)
         if self.queued is not None:
             raise ValueError("QUEUED stands at the end")
-        if word == "S":
+        if self.steps and isinstance(self.steps[-1], Eof | Close):
+            raise ValueError("nothing comes after the end of the connection")
+        if word.startswith("S") and word[1:2] in ("", "*"):
             if _PATTERN.match(text) is None:
                 raise ValueError("expected a reply such as 250, 5xx or 250 2.1.0 *")
-            self.steps.append(Expect(number, text))
-            return self.steps[-1]  # type: ignore[return-value]
+            expected = Expect(number, text)
+            self.steps += [expected] * int(word[2:] or 1)
+            return expected
         steps: dict[str, Callable[[], Step]] = {
             "C": lambda: Send(number, octets(text) + b"\r\n"), "SEND-RAW": lambda: Send(number, octets(text)),
             "EOF": lambda: Eof(number), "CLOSE": lambda: Close(number), "STARTTLS": lambda: StartTls(number),

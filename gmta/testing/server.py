@@ -122,6 +122,7 @@ class _Player:
             return True
         self._settle()
         if step is None or isinstance(step, Close):
+            self._steps.clear()
             self.left = True
             return False
         self._line = step.line
@@ -218,10 +219,13 @@ class _Player:
         """The step STARTTLS; a client that says something else is no TLS client."""
         self._read_replies()
         self._settle()
-        if self._steps and not isinstance(self._steps[0], StartTls):
-            raise ssl.SSLError(1, "not a TLS hello")
-        if self._steps:
+        if self._steps and isinstance(self._steps[0], StartTls):
             self._steps.pop(0)
+            return
+        while self._steps and isinstance(self._steps[0], Send):
+            self._steps.pop(0)
+        if self._steps:
+            raise ssl.SSLError(1, "not a TLS hello")
 
     def cipher(self) -> tuple[str, str, int]:
         """What every test client speaks."""

@@ -64,8 +64,7 @@ C: MAIL FROM:<sender@example.com>
 C: RCPT TO:<user@example.test>
 C: RCPT TO:<nobody@example.test>
 C: DATA
-S: 250
-S: 250 2.1.5
+S*2: 250
 S: 5xx
 S: 354
 C: Subject: one
@@ -151,6 +150,7 @@ def test_answers_that_depend_on_chunking_are_found_out() -> None:
     ("C: x\nQUEUED: <a@b>", "d:2: expected none, or <sender> <recipient>"),
     ("C: x\nQUEUED: none\nC: y", "d:3: QUEUED stands at the end"),
     ("EOF: x", "d:1: EOF takes nothing"),
+    ("CLOSE\nC: x", "d:2: nothing comes after the end of the connection"),
     ("WAIT: soon", "d:1: expected a time such as"),
 ])
 def test_a_text_that_is_no_dialogue(text: str, complaint: str) -> None:
