@@ -1,6 +1,6 @@
 """ARC (RFC 8617): verifies the chain that forwarders have left on a message, and adds a link to it.
 
-`verify` follows section 5.2 and says with ArcResult how far it came; `seal` makes the three fields of a new set. Signatures,
+`verify_chain` follows section 5.2 and says with ArcResult how far it came; `seal` makes the three fields of a new set. Signatures,
 keys and body hashes are those of dkim.py. Whom to trust for a chain, and when to seal, is left to the plugins.
 
 Failure: whatever stands in a message or in DNS makes the chain `fail`, for good even where DNS failed (section 5.2.1): such a
@@ -85,7 +85,7 @@ class _Link:
         self.unread = ""  # what keeps one of the signatures from being read
 
 
-def verify(message: Message, resolver: Asks, *, now: float, heavy: Heavy = run) -> ArcResult:
+def verify_chain(message: Message, resolver: Asks, *, now: float, heavy: Heavy = run) -> ArcResult:
     """The Chain Validation Status of a message. now: Unix seconds.  resolver, heavy: as for dkim.verify.  Raises OSError."""
     if _ANY.search(message.header) is None:
         return ArcResult("none", "no ARC fields")
@@ -229,7 +229,7 @@ def _check_seals(header: Header, links: Sequence[_Link], lookups: Lookups, resul
 def seal(message: Message, key: SigningKey, chain: ArcResult, results: str, *, now: float, heavy: Heavy = run) -> list[tuple[str, str]]:
     """The fields of a new ARC set, the first to stand on top; none where the chain may not be continued.
 
-    chain: what verify said of the message as it came in.  results: the value of our Authentication-Results, folded or
+    chain: what verify_chain said of the message as it came in.  results: the value of our Authentication-Results, folded or
     not.  now: Unix seconds.  Raises OSError where the body can't be read.
     """
     instance = chain.instances + 1
