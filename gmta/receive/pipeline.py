@@ -23,10 +23,11 @@ from gmta.mail.trace import authentication_results, drop_forged, received
 from gmta.mail.verdict import Kind, Verdict, verdict_reply
 from gmta.plugins import PluginFailure
 from gmta.queue.store import Event, Store, StoreError, StoreFull
-from gmta.services.files import NO_ROOM, write_all
+from gmta.services.files import NO_ROOM, start_writing_out, write_all
 from gmta.smtp import events, sasl
 from gmta.smtp.server import Bounds
 
+PIECE = 256 * 1024  # octets written to that file at a time
 MEMORY = 64 * 1024  # octets of a message kept in memory; past that it goes to a file
 
 
@@ -60,7 +61,7 @@ class Pipeline:
 class Reception:
     """One connection's dialogue above the protocol."""
 
-    __slots__ = ("_exchange", "_failure", "_file", "_path", "_pieces", "_refused", "_written", "closing", "pipeline", "session", "transaction")
+    __slots__ = ("_exchange", "_failure", "_file", "_held", "_path", "_pieces", "_refused", "_written", "closing", "pipeline", "session", "transaction")
 
     def __init__(self, pipeline: Pipeline, session: Session) -> None:
         self.pipeline = pipeline
@@ -68,7 +69,8 @@ class Reception:
         self.transaction: Transaction | None = None
         self.closing = False
         self._pieces: list[bytes] = []
-        self._written = 0
+        self._written = 0  # octets of the message
+        self._held = 0  # of those, in _pieces
         self._file = -1
         self._path = ""
         self._refused = 0
@@ -205,24 +207,25 @@ class Reception:
         try:
             self._keep(data)
         except (StoreError, OSError) as error:
-            full = isinstance(error, StoreFull) or getattr(error, "errno", 0) in NO_ROOM
-            self._failure = replies.STORE_FULL if full else replies.LOCAL_ERROR
+            self._failure = _trouble(error)
             self.pipeline.services.log.error("can't spool", session=self.session.id, error=str(error))
 
     def _keep(self, data: bytes) -> None:
+        self._pieces.append(data)
+        self._held += len(data)
+        self._written += len(data)
+        if self._written <= MEMORY or self._held < PIECE and self._file >= 0:
+            return
         if self._file < 0:
-            self._pieces.append(data)
-            self._written += len(data)
-            if self._written <= MEMORY:
-                return
             assert self.transaction is not None
             self._path = self.pipeline.store.new_spool_file(self.transaction.id)
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            data = b"".join(self._pieces)
-            self._pieces.clear()
-            self._written = 0
-        self._written += len(data)
-        error = gevent.get_hub().threadpool.apply(_spool, (self._file, data))
+        self._spool()
+
+    def _spool(self) -> None:
+        """Writes what is held, in a native thread."""
+        pieces, self._pieces, self._held = self._pieces, [], 0
+        error = gevent.get_hub().threadpool.apply(_write, (self._file, pieces))
         if error is not None:
             raise error
 
@@ -231,7 +234,7 @@ class Reception:
         self.transaction = None
         self._failure = None
         self._pieces = []
-        self._written = 0
+        self._written = self._held = 0
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -245,6 +248,8 @@ class Reception:
     def _message(self) -> Message:
         if self._file < 0:
             return Message.from_bytes(self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces))
+        if self._pieces:
+            self._spool()
         os.close(self._file)
         self._file = -1
         with open(self._path, "rb", buffering=0) as file:
@@ -262,11 +267,9 @@ class Reception:
             if self._failure is not None:
                 return self._tell("message", self._failure)
             return self._take(self._message())
-        except StoreFull:
-            return self._tell("message", replies.STORE_FULL)
         except (StoreError, OSError) as error:
             self.pipeline.services.log.error("can't queue", session=self.session.id, error=str(error))
-            return self._tell("message", replies.LOCAL_ERROR)
+            return self._tell("message", _trouble(error))
         finally:
             self.forget()
 
@@ -334,10 +337,18 @@ class Reception:
                         transaction.body, transaction.smtputf8, facts, sorted(transaction.tags))
 
 
-def _spool(descriptor: int, data: bytes) -> OSError | None:
+def _trouble(error: Exception) -> Reply:
+    """The answer where the store or the spool fails: no room, or a fault of ours."""
+    full = isinstance(error, StoreFull) or getattr(error, "errno", 0) in NO_ROOM
+    return replies.STORE_FULL if full else replies.LOCAL_ERROR
+
+
+def _write(descriptor: int, pieces: list[bytes]) -> OSError | None:
     """Runs in a native thread; an error is given back, since the pool would print it."""
     try:
-        write_all(descriptor, data)
+        for piece in pieces:
+            write_all(descriptor, piece)
+        start_writing_out(descriptor)  # the sync at the end has less to wait for
     except OSError as error:
         return error
     return None

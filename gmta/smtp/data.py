@@ -6,26 +6,30 @@ noticed and read on over, so that what hides behind them is never taken for comm
 
 from __future__ import annotations
 
+from io import IncrementalNewlineDecoder
+
 _DOT = b"\r\n."
 
 
 class DataScanner:
     """Reads message data in any pieces. `feed` gives the octets with dots undone; `rest` is what follows the end.
 
-    ended: the final CRLF.CRLF was seen.  bare: a bare CR or LF was seen.  nul: a NUL was seen.  longest: octets in the
-    longest line without its CRLF, counted as lines end or pieces do.  Memory: at most 4 octets are held back.
+    ended: the final CRLF.CRLF was seen.  bare: a bare CR or LF was seen.  nul: a NUL was seen.  too_long: a line had more
+    than `line_limit` octets without its CRLF.  Memory: at most 4 octets are held back.
     """
 
-    __slots__ = ("_held", "_line", "_virtual", "bare", "ended", "longest", "nul", "rest")
+    __slots__ = ("_ends", "_held", "_limit", "_line", "_virtual", "bare", "ended", "nul", "rest", "too_long")
 
-    def __init__(self) -> None:
+    def __init__(self, line_limit: int = 64 * 1024) -> None:
+        self._limit = line_limit
+        self._ends = IncrementalNewlineDecoder(None, False)  # one pass in C tells which line ends there are
         self._held = b"\r\n"  # the data starts as if behind a line end, so that a first dot counts
         self._virtual = 2  # octets of that line end still to be left out
         self._line = 0
         self.ended = False
         self.bare = False
         self.nul = False
-        self.longest = 0
+        self.too_long = False
         self.rest = b""
 
     def feed(self, piece: bytes) -> bytes:
@@ -66,28 +70,25 @@ class DataScanner:
             data = data[drop:]
         if data:
             if not self.bare:
-                ends = data.count(b"\r\n")
-                if data.count(b"\n") != ends or data.count(b"\r") != ends:
-                    self.bare = True
+                self._ends.decode(data.decode("latin-1"))
+                self.bare = self._ends.newlines not in (None, "\r\n")
             if not self.nul and b"\0" in data:
                 self.nul = True
             self._measure(data)
         return data
 
     def _measure(self, data: bytes) -> None:
-        """Line lengths, cheaply: only where a piece could hold a longer line than seen so far."""
-        start = data.find(b"\n")
-        if start < 0:
-            self._line += len(data)
-            self.longest = max(self.longest, self._line)
-            return
-        self.longest = max(self.longest, self._line + start - 1)
-        end = data.rfind(b"\n")
-        self._line = len(data) - end - 1
-        if end - start > self.longest:
-            longest = max(map(len, data[start + 1:end + 1].split(b"\n"))) - 1
-            self.longest = max(self.longest, longest)
-        self.longest = max(self.longest, self._line)
+        """Line lengths, cheaply: from line end to the last line end that a line at its limit may have."""
+        start = -self._line
+        octets, limit = len(data), self._limit
+        while octets - start > limit:
+            end = data.rfind(b"\n", max(start, 0), start + limit + 2)
+            if end < 0:
+                self.too_long = self.too_long or octets - start > limit + 1 or not data.endswith(b"\r")
+                break
+            start = end + 1
+        end = data.rfind(b"\n", max(start, 0))
+        self._line = octets - (start if end < 0 else end + 1)
 
 
 def _overlap(tail: bytes) -> int:

@@ -103,7 +103,7 @@ class Extensions:
 class ServerProtocol:
     """One session's protocol state; see the module's docstring for how it is driven."""
 
-    __slots__ = ("_bounds", "_buffer", "_chunk_failed", "_chunk_last", "_chunk_left", "_chunk_refusal", "_fault", "_fresh", "_header", "_header_done",
+    __slots__ = ("_bounds", "_buffer", "_chunk_failed", "_chunk_last", "_chunk_left", "_chunk_refusal", "_direct", "_fault", "_fresh", "_header", "_header_done",
                  "_pending", "_queue", "_scanner", "_size", "_smtputf8", "_state", "authenticated", "esmtp", "extensions", "greeted",
                  "hostname", "in_transaction", "recipients", "require_auth", "require_tls", "tls")
 
@@ -122,6 +122,7 @@ class ServerProtocol:
         self.recipients = 0
         self._smtputf8 = False
         self._buffer = bytearray()
+        self._direct = b""
         self._state = State.COMMAND
         self._pending: events.Event | None = None
         self._queue: list[events.Event] = []
@@ -140,8 +141,11 @@ class ServerProtocol:
 
     def receive_data(self, data: bytes) -> None:
         """Takes octets from the client."""
-        if self._state is not State.CLOSED:
-            self._buffer += data
+        if self._state is State.DATA and not self._buffer and not self._direct:
+            self._direct = data  # message octets need no gathering
+        elif self._state is not State.CLOSED:
+            self._buffer += self._direct + data if self._direct else data
+            self._direct = b""
 
     @property
     def in_data(self) -> bool:
@@ -151,7 +155,7 @@ class ServerProtocol:
     @property
     def buffered(self) -> int:
         """Octets received and not consumed yet."""
-        return len(self._buffer)
+        return len(self._buffer) + len(self._direct)
 
     def next_event(self) -> events.Event | None:
         """The next event, or None until more octets come; raises ProtocolError while an answer is due."""
@@ -374,17 +378,20 @@ class ServerProtocol:
 
     def _data(self) -> events.Event | None:
         scanner = self._scanner
-        if scanner is None or not self._buffer:
+        if scanner is None or not (self._direct or self._buffer):
             return None
-        piece = bytes(self._buffer)
-        self._buffer.clear()
+        if self._direct:
+            piece, self._direct = self._direct, b""
+        else:
+            piece = bytes(self._buffer)
+            self._buffer.clear()
         data = scanner.feed(piece)
         if self._fault is None:
             if scanner.bare:
                 self._fault = replies.BARE_NEWLINE
             elif scanner.nul:
                 self._fault = Reply(550, "5.5.2", "Message contains a NUL octet")
-            elif scanner.longest > self._bounds.text_line:
+            elif scanner.too_long:
                 self._fault = replies.TEXT_LINE_TOO_LONG
         self._account(data)
         if scanner.ended:
@@ -481,7 +488,7 @@ class ServerProtocol:
             self.recipients += 1
         elif kind is events.Data and reply.code == 354:
             self._begin_message()
-            self._scanner = DataScanner()
+            self._scanner = DataScanner(self._bounds.text_line)
             self._state = State.DATA
         elif kind is events.BdatStart:
             if positive:

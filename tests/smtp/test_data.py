@@ -66,3 +66,17 @@ def test_bare_newlines_and_nul_are_noticed_in_any_pieces():
         for pieces in ([wire], [bytes([octet]) for octet in wire]):
             scanner = scan(pieces)[2]
             assert (scanner.bare, scanner.nul) == (bare, nul), wire
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 9))
+def test_a_line_over_the_limit_is_noticed_however_it_comes(lengths: list[int], cuts: list[int], limit: int) -> None:
+    wire = b"".join(b"x" * length + b"\r\n" for length in lengths) + b".\r\n"
+    scanner = DataScanner(limit)
+    position = 0
+    while position < len(wire):
+        cut = cuts[position % len(cuts)]
+        scanner.feed(wire[position:position + cut])
+        position += cut
+    assert scanner.ended
+    assert scanner.too_long == any(length > limit for length in lengths)
+    assert not scanner.bare
