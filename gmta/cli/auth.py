@@ -10,8 +10,6 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from importlib import import_module
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,7 +37,7 @@ _FROM = re.compile(rb"\s*from[ \t]*:", re.I)
 @json_option
 def auth(file: Any, ip: str, helo: str, mail_from: str, now: float | None, path: str | None, as_json: bool) -> None:
     """Judge a message as if it came from there: SPF, DKIM, DMARC, ARC, each step explained. FILE - is standard input."""
-    from gmta.verify import RESERVED, dkim
+    from gmta.verify import RESERVED, arc, dkim
     from gmta.verify.dmarc import authors_of, evaluate
     from gmta.verify.spf import Spf
 
@@ -55,10 +53,7 @@ def auth(file: Any, ip: str, helo: str, mail_from: str, now: float | None, path:
     authors = authors_of(message.values("From"))
     signatures = dkim.verify(message, early, now=at, max_signatures=config.limits.dkim_signatures, author_domains=authors.domains)
     judged = evaluate(lookups, authors, (by_sender.result, by_sender.domain), [(one.result, one.domain) for one in signatures], trace=True)
-    try:
-        chain = import_module("gmta.verify.arc").verify(message, lookups, now=at)
-    except ModuleNotFoundError:
-        chain = SimpleNamespace(result="none", reason="", steps=())
+    chain = arc.verify_chain(message, lookups, now=at)
     if as_json:
         print_json({
             "spf": {"mailfrom": _spf_json(by_sender), "helo": _spf_json(by_helo)},
