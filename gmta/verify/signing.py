@@ -285,20 +285,20 @@ class KeyFiles:
         found = []
         for name in sorted(_listed(folder or "/")):
             domain = name.removeprefix(prefix).removesuffix(suffix)
-            if name == f"{prefix}{domain}{suffix}" and _is_name(domain):
+            if name == f"{prefix}{domain}{suffix}" and is_name(domain):
                 for selector, path in self._files(domain):
                     found.append(load_key(path, domain, selector))
         return found
 
     def _files(self, domain: str) -> Iterator[tuple[str, str]]:
         """(selector, path) of a domain's files."""
-        if not _is_name(domain):
+        if not is_name(domain):
             return
         folder, _, name = self.pattern.replace("{domain}", domain).rpartition("/")
         before, _, after = name.partition("{selector}")
         for entry in sorted(_listed(folder or "/")):
             selector = entry[len(before):len(entry) - len(after)]
-            if entry == f"{before}{selector}{after}" and _is_name(selector):
+            if entry == f"{before}{selector}{after}" and is_name(selector):
                 yield selector, f"{folder}/{entry}"
 
     def _look(self, domain: str, folder: _Folder) -> None:
@@ -346,7 +346,8 @@ def _checked(name: str) -> str:
     raise ValueError(f"{name!r} is no name of a domain or selector, in lower case and A-labels")
 
 
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
+    """Whether it is a domain or selector in lower case and A-labels, safe in a path."""
     try:
         _checked(name)
     except ValueError:
