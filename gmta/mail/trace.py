@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
+from datetime import UTC, datetime
 
 from gmta.mail.address import Address
 from gmta.mail.message import Message
@@ -24,8 +24,9 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 
 def date(at: float) -> str:
     """A date-time (RFC 5322 section 3.3) in UTC; at: Unix seconds."""
-    year, month, day, hour, minute, second, weekday, _, _ = time.gmtime(at)
-    return f"{_DAYS[weekday]}, {day:02d} {_MONTHS[month - 1]} {year:04d} {hour:02d}:{minute:02d}:{second:02d} +0000"
+    when = datetime.fromtimestamp(at, UTC)
+    return (f"{_DAYS[when.weekday()]}, {when.day:02d} {_MONTHS[when.month - 1]} {when.year:04d} "
+            f"{when.hour:02d}:{when.minute:02d}:{when.second:02d} +0000")
 
 
 def received(session: Session, transaction: Transaction, hostname: str, at: float) -> str:

@@ -214,7 +214,7 @@ class Reception:
         self._pieces.append(data)
         self._held += len(data)
         self._written += len(data)
-        if self._written <= MEMORY or self._held < PIECE and self._file >= 0:
+        if self._written <= MEMORY or (self._held < PIECE and self._file >= 0):
             return
         if self._file < 0:
             assert self.transaction is not None
