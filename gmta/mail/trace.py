@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 
-from gmta.mail.address import Address
+from gmta.mail.address import Address, domain_key
 from gmta.mail.message import Message
 from gmta.mail.session import AuthResult, Session, Transaction
 
 _UNSAFE = re.compile(r"[^!-~]|[()\\]")
 _SUSPECT = re.compile(rb"^(?:return-path|authentication-results)[ \t]*:", re.I | re.M)
-_COMMENT = re.compile(rb"\A(?:\s|\((?:[^()\\]|\\.)*\))*")
+_AUTHSERV_ID = re.compile(rb'"((?:[^"\\]|\\.)*)"|([^;\s(/"]+)', re.S)
+_PVALUE = re.compile(r"(?:[A-Za-z0-9!#$%&'*+\-.^_`{|}~]+|[A-Za-z0-9!#$%&'*+\-./=?^_`{|}~]*@[A-Za-z0-9_\-.]+)\Z")
+_UNPRINTABLE = re.compile(r"[^ -~]")
+
+MAX_LOOK = 4096  # octets of a field that are searched for its identifier
 
 
 def _atom(text: str) -> str:
@@ -53,34 +57,65 @@ def return_path(sender: Address) -> str:
 
 
 def authentication_results(hostname: str, results: list[AuthResult]) -> str:
-    """The value of Authentication-Results (RFC 8601 section 2.2); "none" without results."""
-    parts = [hostname]
-    for result in results:
-        part = f"{result.method}={result.result}"
-        if result.reason:
-            part += ' reason="' + re.sub(r'[^ !#-\[\]-~]', "?", result.reason) + '"'
-        for name, value in result.properties:
-            part += f" {name}={re.sub(r'[^!#-:<-~]', '?', value)}"
-        parts.append(part)
+    """The value of Authentication-Results (RFC 8601 section 2.2), folded, ASCII; "none" without results."""
     if not results:
-        parts.append("none")
-    return ";\r\n\t".join(parts) if results else "; ".join(parts)
+        return f"{hostname}; none"
+    value = hostname
+    for result in results:
+        line = f"{result.method}={result.result}"
+        value += ";\r\n\t"
+        words = [f"reason={_value(result.reason, always=True)}"] if result.reason else []
+        for word in words + [f"{name}={_value(text)}" for name, text in result.properties]:
+            if len(line) + len(word) > 90:  # RFC 5322 section 2.1.1: far below 998
+                value += f"{line}\r\n\t "
+                line = word
+            else:
+                line += f" {word}"
+        value += line
+    return value
+
+
+def _value(text: str, *, always: bool = False) -> str:
+    """A pvalue or reason (RFC 8601 section 2.2): a token or address as it is, else (or always) a quoted string."""
+    if not always and _PVALUE.match(text):
+        return text
+    return '"' + _UNPRINTABLE.sub("?", text).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def drop_forged(message: Message, hostname: str) -> None:
     """Removes every Return-Path (RFC 5321 section 4.4) and Authentication-Results in our name (RFC 8601 section 5)."""
     if _SUSPECT.search(message.header) is None:
         return
-    ours = hostname.lower().encode()
+    ours = domain_key(hostname)
     doomed = []
     for name, raw in message.fields():
         lower = name.lower()
         if lower == "return-path":
             doomed.append((name, raw))
         elif lower == "authentication-results":
-            value = _COMMENT.sub(b"", raw.partition(b":")[2])
-            identifier = re.split(rb"[;\s(/]", value, maxsplit=1)[0].strip(b'"').lower()
-            if identifier == ours:
+            identifier = _authserv_id(raw.partition(b":")[2][:MAX_LOOK])
+            if not identifier or domain_key(identifier) == ours:
                 doomed.append((name, raw))
     if doomed:
         message.drop(frozenset(doomed))
+
+
+def _authserv_id(value: bytes) -> str:
+    """The identifier of Authentication-Results, "" where none can be read: then nobody shall read one either."""
+    position = depth = 0
+    while position < len(value):  # comments before it nest (RFC 5322 section 3.2.2)
+        byte = value[position:position + 1]
+        if byte == b"(":
+            depth += 1
+        elif byte == b")" and depth:
+            depth -= 1
+        elif byte == b"\\" and depth:
+            position += 1
+        elif not depth and byte not in b" \t\r\n":
+            break
+        position += 1
+    match = _AUTHSERV_ID.match(value, position)
+    if match is None:
+        return ""
+    quoted, token = match.groups()
+    return (re.sub(rb"\\(.)", rb"\1", quoted) if quoted is not None else token).decode("utf-8", "surrogateescape")
