@@ -1,14 +1,17 @@
 """The master process: binds the sockets, starts the workers as fresh interpreters, watches them, reloads, stops.
 
 Imports no gevent. One SO_REUSEPORT socket per worker and listener is kept here, so that connections wait in it, and are not refused,
-while a worker restarts. Signals only enqueue; `Supervisor.run` acts. SIGTERM/SIGINT stop, SIGHUP reload (a bad configuration leaves the old
-one running), SIGUSR1 reopens log files. A worker that exits with 78 before it is ready can't boot: at the start that ends the supervisor.
+while a worker restarts; a socket that systemd gave is shared by all workers instead. Signals only enqueue; `step` acts.
+SIGTERM/SIGINT stop, SIGHUP reload (a bad configuration leaves the old one and its sockets as they are), SIGUSR1 reopens log files.
+A worker that exits with 78 before it is ready can't boot: at the start that ends the supervisor, in a reload only the reload.
+Failure: ConfigError from the constructor and status 78 from `run`, with every error on standard error.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pwd
 import selectors
 import shutil
 import signal
@@ -16,250 +19,409 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from gmta.config import EX_CONFIG, Config, ConfigError, load
+from gmta.services.log import Log
+from gmta.systemd import Given, Notifier, given_sockets
 
-HEARTBEAT_S = 30.0
-STOP_S = 40.0
-READY_S = 20.0
+HEARTBEAT_S = 30.0  # a worker silent for so long is killed, while it boots too
+STOP_S = 40.0  # a worker told to leave gets so long
+BACKLOG = 4096
+WORKER = (sys.executable, "-m", "gmta.worker")
+
+Key = tuple[str, str, int]  # listener, host, port
+
+
+def restart_pause(deaths: int) -> float:
+    """Seconds to wait before a worker is started again; deaths: of the last minute, this one included."""
+    return min(10.0, 0.5 * 2.0 ** (min(deaths, 10) - 5)) if deaths > 4 else 0.0
+
+
+class Listening:
+    """The sockets of one address. shared: every worker serves all of them (systemd's); else each worker its own."""
+
+    __slots__ = ("shared", "sockets")
+
+    def __init__(self, sockets: list[socket.socket], shared: bool = False) -> None:
+        self.sockets = sockets
+        self.shared = shared
 
 
 class Process:
-    """One worker process as the supervisor sees it."""
+    """One worker process as the supervisor sees it. beat: descriptor its heartbeat comes from; life: one that ends with us."""
 
-    def __init__(self, popen: subprocess.Popen[bytes], number: int, beat: int, life: int) -> None:
+    __slots__ = ("beat", "killed", "last_beat", "life", "number", "popen", "ready", "stopping_since")
+
+    def __init__(self, popen: subprocess.Popen[bytes], number: int, beat: int, life: int, started_at: float) -> None:
         self.popen = popen
         self.number = number
         self.beat = beat
         self.life = life
         self.ready = False
-        self.stopping_since = 0.0
-        self.last_beat = time.monotonic()
+        self.killed = False
+        self.stopping_since: float | None = None
+        self.last_beat = started_at
+
+    def signal(self, signum: int) -> None:
+        """Sends a signal, if the process is still there."""
+        try:
+            self.popen.send_signal(signum)
+        except ProcessLookupError:
+            pass
+
+
+class Reload:
+    """A new configuration whose workers are not all ready yet."""
+
+    __slots__ = ("config", "listening", "workers")
+
+    def __init__(self, config: Config, listening: dict[Key, Listening], workers: list[Process]) -> None:
+        self.config = config
+        self.listening = listening
+        self.workers = workers
 
 
 class Supervisor:
-    """Keeps `config.gmta.workers` workers alive."""
+    """Keeps `config.gmta.workers` workers alive. environ: where systemd's variables are taken from; now_s: a monotonic clock."""
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, *, environ: MutableMapping[str, str] = os.environ, worker: Sequence[str] = WORKER,
+                 now_s: Callable[[], float] = time.monotonic) -> None:
         self.path = path
         self.config = load(path)
-        self._sockets: dict[tuple[str, str, int], list[socket.socket]] = {}
-        self._workers: list[Process] = []
+        self.workers: list[Process] = []
+        self.listening: dict[Key, Listening] = {}
+        self._command = worker
+        self._now_s = now_s
+        self._given = given_sockets(environ, os.getpid())
+        self._notifier = Notifier(environ, os.getpid(), now_s)
+        self._log = Log(self.config.gmta.log_level, self.config.gmta.log_format)
         self._deaths: list[float] = []
         self._restart_at: dict[int, float] = {}
         self._signals: list[int] = []
+        self._up = False  # all workers of the first configuration were ready once
         self._stopping = False
+        self.status = 0  # the exit status
         self._selector = selectors.DefaultSelector()
-        self._new: tuple[Config, list[Process]] | None = None
-
-    # -- sockets and processes --------------------------------------------------------------------------------------
-
-    def _bind(self, config: Config) -> None:
-        for name, listener in config.listeners.items():
-            for host, port in listener.addresses:
-                key = (name, host, port)
-                have = self._sockets.setdefault(key, [])
-                while len(have) < config.gmta.workers:
-                    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                    if sock.family == socket.AF_INET6:
-                        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                    try:
-                        sock.bind((host, port))
-                        sock.listen(4096)
-                    except OSError as error:
-                        sock.close()
-                        raise ConfigError([f"[listener:{name}] address: can't listen on {host}:{port}: {error.strerror}"]) from error
-                    have.append(sock)
-
-    def _start(self, config: Config, number: int) -> Process:
-        """Starts worker `number`; it serves every socket whose index is congruent to it."""
-        count = config.gmta.workers
-        sockets = [(key[0], sock.fileno()) for key, have in self._sockets.items() if key[0] in config.listeners
-                   for index, sock in enumerate(have) if index % count == number]
-        snapshot = os.memfd_create("gmta-config")
-        os.write(snapshot, config.snapshot().encode())
-        beat_read, beat_write = os.pipe()
-        life_read, life_write = os.pipe()
-        given = json.dumps({"config": snapshot, "sockets": sockets, "beat": beat_write, "life": life_read, "number": number})
-        passed = [snapshot, beat_write, life_read, *(descriptor for _, descriptor in sockets)]
-        identity: dict[str, Any] = {}
-        if config.gmta.user and os.getuid() == 0:
-            import pwd
-
-            account = pwd.getpwnam(config.gmta.user)
-            identity = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": os.getgrouplist(account.pw_name, account.pw_gid)}
-        popen = subprocess.Popen([sys.executable, "-m", "gmta.worker"], pass_fds=passed, env={**os.environ, "GMTA_WORKER": given},
-                                 stdin=subprocess.DEVNULL, cwd="/", start_new_session=False, **identity)
-        for descriptor in (snapshot, beat_write, life_read):
-            os.close(descriptor)
-        os.set_blocking(beat_read, False)
-        process = Process(popen, number, beat_read, life_write)
-        self._selector.register(beat_read, selectors.EVENT_READ, process)
-        return process
-
-    def _forget(self, process: Process) -> None:
-        self._selector.unregister(process.beat)
-        os.close(process.beat)
-        os.close(process.life)
+        self._reload: Reload | None = None
+        self._reload_again = False
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Runs until stopped; gives the exit status."""
-        data_dir = self.config.gmta.data_dir
-        os.makedirs(data_dir, mode=0o700, exist_ok=True)
-        if self.config.gmta.user and os.getuid() == 0:
-            import pwd
-
-            account = pwd.getpwnam(self.config.gmta.user)
-            os.chown(data_dir, account.pw_uid, account.pw_gid)
-        shutil.rmtree(os.path.join(data_dir, "metrics"), ignore_errors=True)  # series of processes of former runs
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_read, False)
         os.set_blocking(wake_write, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD):
             signal.signal(number, lambda signum, frame: self._signals.append(signum))
-        self._selector.register(wake_read, selectors.EVENT_READ, None)
+        self._selector.register(wake_read, selectors.EVENT_READ, wake_read)
         try:
-            self._bind(self.config)
+            self.start()
         except ConfigError as error:
             print("\n".join(error.errors), file=sys.stderr)
             return EX_CONFIG
-        self._workers = [self._start(self.config, number) for number in range(self.config.gmta.workers)]
-        status = 0
-        while True:
-            for key, _ in self._selector.select(0.25):
-                if key.data is None:
-                    try:
-                        os.read(wake_read, 512)
-                    except BlockingIOError:
-                        pass
-                else:
-                    self._heard(key.data)
-            while self._signals:
-                self._act(self._signals.pop(0))
-            status = self._reap() or status
-            self._watch()
-            if self._stopping and not self._workers and self._new is None:
-                return status
+        while not self.done:
+            self.step(0.25)
+        return self.status
+
+    def start(self) -> None:
+        """Prepares the data directory, binds, and starts the workers; raises ConfigError."""
+        account = worker_account(self.config)
+        prepare(self.config, account)
+        shutil.rmtree(os.path.join(self.config.gmta.data_dir, "metrics"), ignore_errors=True)  # series of processes of former runs
+        if os.geteuid() == 0 and account is None:
+            self._log.warning("workers run as root", advice="[gmta] user = NAME")
+        self.listening = self._bind(self.config)
+        self.workers = [self._start(self.config, self.listening, number) for number in range(self.config.gmta.workers)]
+
+    @property
+    def done(self) -> bool:
+        """Whether all is over."""
+        return self._stopping and not self.workers
+
+    def step(self, timeout_s: float) -> None:
+        """One turn: waits for a heartbeat or a signal up to timeout_s, and does what is due."""
+        for key, _ in self._selector.select(timeout_s):
+            if isinstance(key.data, Process):
+                self._heard(key.data)
+            else:
+                try:
+                    os.read(key.data, 512)
+                except BlockingIOError:
+                    pass
+        while self._signals:
+            self.act(self._signals.pop(0))
+        self._reap()
+        self._watch()
+        self._notifier.alive()
+
+    def act(self, signum: int) -> None:
+        """Does what a signal asks for."""
+        if signum in (signal.SIGTERM, signal.SIGINT):
+            self._stop()
+        elif signum == signal.SIGHUP and not self._stopping:
+            self._begin_reload()
+        elif signum == signal.SIGUSR1:
+            for process in self._all():
+                process.signal(signal.SIGUSR1)
+
+    # -- sockets ----------------------------------------------------------------------------------------------------
+
+    def _bind(self, config: Config) -> dict[Key, Listening]:
+        """The sockets a configuration asks for: systemd's, those open already, new ones. Raises ConfigError; then none is new."""
+        errors: list[str] = []
+        bound = match_given(config, self._given, errors)
+        named = {one.name for one in self._given}
+        owners: dict[tuple[str, int], str] = {}
+        fresh: list[socket.socket] = []
+        for name, listener in config.listeners.items():
+            for host, port in listener.addresses if name not in named else ():
+                if owners.setdefault((host, port), name) != name:
+                    errors.append(f"[listener:{name}] address: {host}:{port} is that of [listener:{owners[host, port]}] already")
+                key = (name, host, port)
+                if key in bound:
+                    continue
+                have = bound[key] = Listening(list(self.listening[key].sockets) if key in self.listening else [])
+                try:
+                    while len(have.sockets) < config.gmta.workers:
+                        fresh.append(listen(host, port))
+                        have.sockets.append(fresh[-1])
+                except OSError as error:
+                    errors.append(f"[listener:{name}] address: can't listen on {host}:{port}: {error.strerror or error}")
+        if errors:
+            for sock in fresh:
+                sock.close()
+            raise ConfigError(errors)
+        return bound
+
+    def _close_unused(self, others: dict[Key, Listening]) -> None:
+        """Closes the sockets of `others` that are not served now; systemd's stay open, as it may hand them to a later reload."""
+        used = {sock for listening in self.listening.values() for sock in listening.sockets} | {one.sock for one in self._given}
+        for listening in others.values():
+            for sock in listening.sockets:
+                if sock not in used:
+                    sock.close()
+
+    # -- processes --------------------------------------------------------------------------------------------------
+
+    def _start(self, config: Config, listening: dict[Key, Listening], number: int) -> Process:
+        """Starts worker `number`: it serves what is shared, and of each address every socket whose index is congruent to it."""
+        count = config.gmta.workers
+        sockets = [(key[0], sock.fileno()) for key, have in listening.items()
+                   for index, sock in enumerate(have.sockets) if have.shared or index % count == number]
+        snapshot = os.memfd_create("gmta-config")
+        os.write(snapshot, config.snapshot().encode())
+        beat_read, beat_write = os.pipe()
+        life_read, life_write = os.pipe()
+        given = json.dumps({"config": snapshot, "sockets": sockets, "beat": beat_write, "life": life_read, "number": number})
+        passed = [snapshot, beat_write, life_read, *(descriptor for _, descriptor in sockets)]
+        account = worker_account(config)
+        identity: dict[str, Any] = {}
+        if account is not None:
+            identity = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": os.getgrouplist(account.pw_name, account.pw_gid)}
+        popen = subprocess.Popen(self._command, pass_fds=passed, env={**os.environ, "GMTA_WORKER": given},
+                                 stdin=subprocess.DEVNULL, cwd="/", start_new_session=False, **identity)
+        for descriptor in (snapshot, beat_write, life_read):
+            os.close(descriptor)
+        os.set_blocking(beat_read, False)
+        process = Process(popen, number, beat_read, life_write, self._now_s())
+        self._selector.register(beat_read, selectors.EVENT_READ, process)
+        return process
+
+    def _all(self) -> list[Process]:
+        """Every worker, those of a reload under way too."""
+        return self.workers + (self._reload.workers if self._reload is not None else [])
+
+    def _forget(self, process: Process) -> None:
+        self._selector.unregister(process.beat)
+        os.close(process.beat)
+        os.close(process.life)
 
     def _heard(self, process: Process) -> None:
+        """Takes a heartbeat; the first one says that the worker serves."""
         try:
             beats = os.read(process.beat, 512)
         except BlockingIOError:
             return
         if not beats:
+            return  # it ended, or is about to
+        process.last_beat = self._now_s()
+        if process.ready:
             return
-        process.last_beat = time.monotonic()
-        if not process.ready:
-            process.ready = True
-            waiting = self._new[1] if self._new is not None else self._workers
-            if all(one.ready for one in waiting):
-                if self._new is not None:
-                    self._switch()
-                else:
-                    _notify("READY=1")
+        process.ready = True
+        if self._reload is not None:
+            if all(one.ready for one in self._reload.workers):
+                self._switch(self._reload)
+        elif not self._up and not self._stopping and all(one.ready for one in self.workers):
+            self._up = True
+            self._notifier.ready(self._serving())
 
-    def _act(self, signum: int) -> None:
-        if signum in (signal.SIGTERM, signal.SIGINT):
-            self._stopping = True
-            _notify("STOPPING=1")
-            for process in self._workers + (self._new[1] if self._new else []):
-                self._end(process)
-        elif signum == signal.SIGHUP and not self._stopping:
-            self._reload()
-        elif signum == signal.SIGUSR1:
-            for process in self._workers:
-                _send(process, signal.SIGUSR1)
+    def _serving(self) -> str:
+        count = self.config.gmta.workers
+        return f"{count} worker{'' if count == 1 else 's'} serving"
 
     def _end(self, process: Process) -> None:
-        if not process.stopping_since:
-            process.stopping_since = time.monotonic()
-            _send(process, signal.SIGTERM)
+        if process.stopping_since is None:
+            process.stopping_since = self._now_s()
+            process.signal(signal.SIGTERM)
 
-    def _reload(self) -> None:
-        """Starts workers on the new configuration beside the old ones; the old go when all the new are ready."""
-        if self._new is not None:
-            return
-        _notify("RELOADING=1")
-        try:
-            config = load(self.path)
-            self._bind(config)
-        except ConfigError as error:
-            print("reload refused, still running on the old configuration:\n" + "\n".join(error.errors), file=sys.stderr, flush=True)
-            _notify("READY=1")
-            return
-        self._new = (config, [self._start(config, number) for number in range(config.gmta.workers)])
-
-    def _switch(self) -> None:
-        assert self._new is not None
-        for process in self._workers:
+    def _stop(self) -> None:
+        self._stopping = True
+        self._notifier.stopping()
+        self.workers, self._reload = self._all(), None
+        for process in self.workers:
             self._end(process)
-        self.config, fresh = self._new
-        self._workers += fresh
-        self._new = None
-        _notify("READY=1")
 
-    def _reap(self) -> int:
-        status = 0
-        for process in [one for one in self._workers if one.popen.poll() is not None]:
-            self._workers.remove(process)
+    def _reap(self) -> None:
+        """Takes note of workers that ended, and says when the next of that number starts."""
+        for process in [one for one in self.workers if one.popen.poll() is not None]:
+            self.workers.remove(process)
             self._forget(process)
-            if process.stopping_since or self._stopping:
+            if process.stopping_since is not None or self._stopping:
                 continue
-            if process.popen.returncode == EX_CONFIG and not process.ready:
-                status, self._stopping = EX_CONFIG, True
-                for other in self._workers:
-                    self._end(other)
+            if process.popen.returncode == EX_CONFIG and not self._up:
+                self.status = EX_CONFIG
+                self._stop()
                 continue
-            now = time.monotonic()
+            now = self._now_s()
             self._deaths = [at for at in self._deaths if now - at < 60] + [now]
-            many = len(self._deaths) - 4  # back-off only from the fifth death in a minute, never past 10 s
-            self._restart_at[process.number] = now + (min(10.0, 0.5 * 2 ** (many - 1)) if many > 0 else 0.0)
-            print(f"worker {process.number} ended with status {process.popen.returncode}, starting it anew", file=sys.stderr, flush=True)
-        if self._new is not None and any(one.popen.poll() is not None for one in self._new[1]):
-            print("reload refused, still running on the old configuration: the new workers can't boot", file=sys.stderr, flush=True)
-            for process in self._new[1]:
-                _send(process, signal.SIGKILL)
-                process.popen.wait()
-                self._forget(process)
-            self._new = None
-            _notify("READY=1")
-        return status
+            pause_s = restart_pause(len(self._deaths))
+            self._restart_at[process.number] = now + pause_s
+            self._log.warning("worker ended", worker=process.number, pid=process.popen.pid, status=process.popen.returncode,
+                              restart_in_s=pause_s)
+        reload = self._reload
+        if reload is not None and any(one.popen.poll() is not None for one in reload.workers):
+            self._give_up(reload)
 
     def _watch(self) -> None:
-        now = time.monotonic()
+        """Starts what is due again, kills what has missed its heartbeat or its time to leave."""
+        now = self._now_s()
         if not self._stopping:
             for number, at in list(self._restart_at.items()):
                 if now >= at:
                     del self._restart_at[number]
-                    self._workers.append(self._start(self.config, number))
-        for process in self._workers:
+                    if number < self.config.gmta.workers:
+                        self.workers.append(self._start(self.config, self.listening, number))
+        for process in self._all():
             silent = now - process.last_beat > HEARTBEAT_S
-            if silent or (process.stopping_since and now - process.stopping_since > STOP_S):
-                _send(process, signal.SIGKILL)
+            if not process.killed and (silent or (process.stopping_since is not None and now - process.stopping_since > STOP_S)):
+                process.killed = True
+                self._log.error("worker killed", worker=process.number, pid=process.popen.pid,
+                                reason="no heartbeat" if silent else "did not leave")
+                process.signal(signal.SIGKILL)
+
+    # -- reload -----------------------------------------------------------------------------------------------------
+
+    def _begin_reload(self) -> None:
+        """Starts workers on the new configuration beside the old ones; the old go when all the new are ready."""
+        if self._reload is not None:
+            self._reload_again = True  # what changed since may not have been read
+            return
+        self._notifier.reloading()
+        try:
+            config = load(self.path)
+            prepare(config, worker_account(config))
+            listening = self._bind(config)
+        except ConfigError as error:
+            self._refuse_reload(error.errors)
+            return
+        self._reload = Reload(config, listening, [self._start(config, listening, number) for number in range(config.gmta.workers)])
+
+    def _refuse_reload(self, errors: list[str]) -> None:
+        print("reload refused, still running on the old configuration:\n" + "\n".join(errors), file=sys.stderr, flush=True)
+        self._notifier.ready(f"{self._serving()}; reload refused: {errors[0]}")
+
+    def _switch(self, reload: Reload) -> None:
+        """The new workers serve: the old ones end, and sockets that nobody serves any more close."""
+        for process in self.workers:
+            self._end(process)
+        former = self.listening
+        self.config, self.listening = reload.config, reload.listening
+        self.workers += reload.workers
+        self._reload = None
+        self._restart_at.clear()
+        self._close_unused(former)
+        self._log = Log(self.config.gmta.log_level, self.config.gmta.log_format)
+        self._notifier.ready(self._serving())
+        self._next_reload()
+
+    def _give_up(self, reload: Reload) -> None:
+        """A new worker ended before all were ready: back to the old configuration; those that serve already may end what they began."""
+        for process in reload.workers:
+            self._end(process)
+        self.workers += reload.workers
+        self._reload = None
+        self._close_unused(reload.listening)
+        self._refuse_reload(["the new workers can't boot"])
+        self._next_reload()
+
+    def _next_reload(self) -> None:
+        if self._reload_again:
+            self._reload_again = False
+            self._begin_reload()
 
 
-def _send(process: Process, signum: int) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket that shares its port with those of the other workers; raises OSError."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        process.popen.send_signal(signum)
-    except ProcessLookupError:
-        pass
-
-
-def _notify(state: str) -> None:
-    """Tells systemd (sd_notify)."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    if path.startswith("@"):
-        path = "\0" + path[1:]
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), path)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
     except OSError:
-        pass
+        sock.close()
+        raise
+    return sock
+
+
+def match_given(config: Config, given: Sequence[Given], errors: list[str]) -> dict[Key, Listening]:
+    """systemd's sockets by what they serve: the listener whose name is the socket's FileDescriptorName (all its addresses are
+    systemd's then), else the one that has the socket's address. A socket that serves none is an error."""
+    found: dict[Key, Listening] = {}
+    for one in given:
+        if one.name in config.listeners:
+            keys = [(one.name, one.host, one.port)]
+        else:
+            keys = [(name, host, port) for name, listener in config.listeners.items()
+                    for host, port in listener.addresses if one.matches(host, port)]
+        if not keys:
+            errors.append(f"socket {one} from systemd serves no listener: expected FileDescriptorName= to be one of "
+                          f"{', '.join(config.listeners)}, or ListenStream= to be an address of one")
+            continue
+        for key in keys:  # several: one socket for both wildcards, or an address that two listeners have
+            found.setdefault(key, Listening([], shared=True))
+        found[keys[0]].sockets.append(one.sock)
+    return found
+
+
+def worker_account(config: Config) -> pwd.struct_passwd | None:
+    """Whom the workers are to become, None to stay who we are; raises ConfigError where that can't be."""
+    name = config.gmta.user
+    if not name:
+        return None
+    try:
+        account = pwd.getpwnam(name)
+    except KeyError:
+        raise ConfigError([f"[gmta] user: there is no account {name} on this machine"]) from None
+    if account.pw_uid == os.geteuid():
+        return None
+    if os.geteuid() != 0:
+        raise ConfigError([f"[gmta] user: only root can start workers as {name}; start gmta as root or as {name}"])
+    return account
+
+
+def prepare(config: Config, account: pwd.struct_passwd | None) -> None:
+    """Makes the data directory, the workers' own; raises ConfigError."""
+    data_dir = config.gmta.data_dir
+    try:
+        os.makedirs(data_dir, mode=0o700, exist_ok=True)
+        if account is not None:
+            os.chown(data_dir, account.pw_uid, account.pw_gid)
+    except OSError as error:
+        raise ConfigError([f"[gmta] data_dir: {data_dir} can't be made: {error.strerror}"]) from error
