@@ -27,7 +27,7 @@ from gmta.mail.session import Session, Transaction
 from gmta.mail.trace import authentication_results
 from gmta.verify import RESERVED, lookups_of
 from gmta.verify.arc import ArcResult, seal, verify_chain
-from gmta.verify.signing import KeyFiles
+from gmta.verify.signing import DEFAULT_KEYS, KeyFiles
 
 
 class Config(PluginConfig):
@@ -35,7 +35,7 @@ class Config(PluginConfig):
 
     seal: Literal["forwarded", "always", "never"] = Field("forwarded", description="what is sealed of the mail that strangers sent")
     domain: str = Field("", description="whose key seals; default: the host name's, or of a domain above it")
-    keys: Path = Field("etc/dkim/{domain}/{selector}.pem", description="private keys")
+    keys: Path = Field(DEFAULT_KEYS, description="private keys")
     temperror: Literal["ignore", "defer"] = Field("ignore", description="where DNS failed")
 
 

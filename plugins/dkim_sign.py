@@ -26,13 +26,13 @@ from gmta.mail.address import Address, domain_key
 from gmta.mail.message import Message
 from gmta.mail.session import Session, Transaction
 from gmta.verify.canonical import Header
-from gmta.verify.signing import OVERSIGNED, SIGNED, KeyFiles, SigningKey, authors, is_name, sign
+from gmta.verify.signing import DEFAULT_KEYS, OVERSIGNED, SIGNED, KeyFiles, SigningKey, authors, is_name, sign
 
 
 class Config(PluginConfig):
     """Keys of [plugin:dkim_sign]."""
 
-    keys: Path = Field("etc/dkim/{domain}/{selector}.pem", description="private keys")
+    keys: Path = Field(DEFAULT_KEYS, description="private keys")
     selectors: list[str] = Field([], description="the only ones to use; default: all")
     parent: bool = Field(True, description="sign with a key of a domain above the author's")
     senders: list[str] = Field([], description="exceptions: ADDRESS:DOMAIN[/SELECTOR] or ADDRESS:none")

@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType({
     "trace": "gmta.cli.queue",
     "auth": "gmta.cli.auth",
     "dmarc": "gmta.cli.auth",
+    "dkim": "gmta.cli.dkim",
 })
 
 

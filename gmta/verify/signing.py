@@ -43,6 +43,7 @@ SIGNED = ("Sender", "Resent-Date", "Resent-From", "Resent-Sender", "Resent-To", 
           "Content-ID", "Content-Description", "Content-Disposition", "Content-Language", "Autocrypt", "Feedback-ID")
 MAX_FROM = 32 * 1024  # octets of a From field that is looked into
 COLUMNS = 78  # RFC 5322 section 2.1.1
+DEFAULT_KEYS = "etc/dkim/{domain}/{selector}.pem"
 CHECK_INTERVAL_S = 1.0
 MAX_DOMAINS = 10000  # remembered, those without keys too
 
