@@ -7,27 +7,34 @@ strangers: trusted sessions are not judged.
 Keys of `[plugin:dmarc]`: `reject` = reject|quarantine|tag|ignore, what is done where the domain asks to reject;
 `quarantine` = quarantine|tag|ignore; `temperror` = defer|tag|ignore, where DNS can't tell now; `invalid_from` =
 reject|tag|ignore, where From is missing or can't be read and no policy asks for more; `honour = no` only adds the AuthResult. To
-quarantine is to set the tag `quarantine` on the transaction, which a transport may turn into a folder; all but ignore set the tag
-`dmarc-RESULT` too. With the tag `arc-trusted` a failure is not acted upon: a sealer that is trusted saw it pass.
+quarantine is to set the tag `quarantine` on the transaction, which a transport may turn into a folder; quarantine and tag set the tag
+`dmarc-RESULT`. `trusted_sealers`: domains whose ARC seal overrides a failure. Then `arc` stands before this plugin too, and a
+failure is not acted upon where the chain passes and a trusted sealer, with none behind it that is not trusted, saw DMARC pass.
 
 Replies: 550 5.7.1 for what is refused, 451 4.7.0 for temperror. RFC 9989 sections 5.3 and 7.2.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field
 
 from gmta import AuthResult, PluginConfig, Verdict, defer, hookimpl, reject
+from gmta.config import Domain
+from gmta.mail.address import domain_key
 from gmta.mail.message import Message
 from gmta.mail.session import Session, Transaction
 from gmta.verify import lookups_of
+from gmta.verify.arc import ArcResult
 from gmta.verify.dmarc import DmarcResult, authors_of, evaluate
 
 MAX_TEXT = 400  # of a reply
 QUARANTINE = "quarantine"
-ARC_TRUSTED = "arc-trusted"
+
+_NOT_RESULTS = re.compile(r'"(?:[^"\\]|\\.)*"|\((?:[^()\\]|\\.)*\)')
+_DMARC_PASS = re.compile(r"\s*dmarc\s*=\s*pass(?=\s|\Z)(?:.*?\sheader\.from\s*=\s*(\S+))?", re.I | re.S)
 
 
 class Config(PluginConfig):
@@ -38,6 +45,7 @@ class Config(PluginConfig):
     temperror: Literal["defer", "tag", "ignore"] = Field("defer", description="where DNS can't tell now")
     invalid_from: Literal["reject", "tag", "ignore"] = Field("tag", description="where From is missing or can't be read")
     honour: bool = Field(True, description="no: the result is added, nothing is done about it")
+    trusted_sealers: frozenset[Domain] = Field(frozenset(), description="domains whose ARC seal overrides a failure")
 
 
 class Plugin:
@@ -54,9 +62,9 @@ class Plugin:
             return None
         spf, dkim = _identifiers(transaction)
         outcome = evaluate(lookups_of(transaction, self._services.resolver), authors_of(message.values("From")), spf, dkim)
-        trusted = outcome.result == "fail" and ARC_TRUSTED in transaction.tags
-        action = "ignore" if trusted or not self._config.honour else self._action(outcome)
-        transaction.auth_results.append(_auth_result(outcome, trusted))
+        sealer = self._sealer(transaction.notes.get("arc"), outcome)
+        action = "ignore" if sealer or not self._config.honour else self._action(outcome)
+        transaction.auth_results.append(_auth_result(outcome, sealer))
         if action == "ignore":
             return None
         if action == "reject":
@@ -69,6 +77,22 @@ class Plugin:
         if action == "quarantine":
             transaction.tags.add(QUARANTINE)
         return None
+
+    def _sealer(self, chain: ArcResult | None, outcome: DmarcResult) -> str:
+        """The trusted sealer that saw this author domain pass, or "" (RFC 8617 section 7.2.1)."""
+        if outcome.result != "fail" or outcome.problem or chain is None or chain.result != "pass":
+            return ""
+        for link in reversed(chain.sets):
+            if domain_key(link.domain) not in self._config.trusted_sealers:
+                break
+            results, count = link.results, 1
+            while count:  # comments nest
+                results, count = _NOT_RESULTS.subn(" ", results)
+            for result in results.split(";")[1:]:
+                match = _DMARC_PASS.match(result)
+                if match is not None and (match[1] is None or domain_key(match[1]) == outcome.domain):
+                    return link.domain
+        return ""
 
     def _action(self, outcome: DmarcResult) -> str:
         """What the key for this outcome says."""
@@ -96,14 +120,14 @@ def _identifiers(transaction: Transaction) -> tuple[tuple[str, str], list[tuple[
     return spf, dkim
 
 
-def _auth_result(outcome: DmarcResult, trusted: bool) -> AuthResult:
-    """The result for Authentication-Results (RFC 9989 section 9.1)."""
+def _auth_result(outcome: DmarcResult, sealer: str) -> AuthResult:
+    """The result for Authentication-Results (RFC 9989 section 9.1). sealer: who overrides it, or ""."""
     properties: list[tuple[str, str]] = []
     if outcome.domain:
         properties.append(("header.from", outcome.domain))
     if outcome.policy:
-        properties.append(("policy.dmarc", "none" if trusted or outcome.disposition == "tempfail" else outcome.disposition))
+        properties.append(("policy.dmarc", "none" if sealer or outcome.disposition == "tempfail" else outcome.disposition))
     reason = "" if outcome.result in ("pass", "none") else outcome.reason
-    if trusted:
-        reason += ", but a trusted ARC sealer saw it pass"
+    if sealer:
+        reason += f", but {sealer} saw it pass and sealed that"
     return AuthResult("dmarc", outcome.result, tuple(properties), reason)

@@ -315,11 +315,11 @@ class Evaluation(pyspf.query):
             raise pyspf.PermError(f"{domain} has {len(found)} SPF records")
         return found[0].decode("latin-1") if found else None
 
-    def _holds(self, name: str, length: int) -> bool:
-        """True where an address of `name` is in one network with the client's."""
+    def _hold(self, records: tuple[Any, ...], length: int) -> bool:
+        """True where one of these address records is in one network with the client's address."""
         shift = self._bits - length
         mine = self._address >> shift
-        return any(_number(record.address) >> shift == mine for record in self._ask(name, self.A))
+        return any(int(ipaddress.ip_address(record.address)) >> shift == mine for record in records)
 
     def _client_names(self, ask: Callable[[str, str], tuple[Any, ...]]) -> list[str]:
         """The names that the client's address claims, at most ten, not yet confirmed (RFC 7208 section 4.6.4, 5.5)."""
@@ -332,7 +332,7 @@ class Evaluation(pyspf.query):
     def _confirms(self, name: str) -> bool:
         """True where `name` has the client's address."""
         try:
-            return self._holds(name, self._bits)
+            return self._hold(self._ask(name, self.A), self._bits)
         except pyspf.TempError:  # RFC 7208 section 5.5: this name is skipped
             return False
 
@@ -383,12 +383,12 @@ class Evaluation(pyspf.query):
                 raise pyspf.PermError(f"include of {target}, which has no SPF record")
             return bool(result == "pass")
         if name == "a":
-            return bool(self._ask_for_term(target, self.A)) and self._holds(target, length)
+            return self._hold(self._ask_for_term(target, self.A), length)
         if name == "mx":
             hosts = self._ask_for_term(target, "MX")
             if len(hosts) > pyspf.MAX_MX:  # RFC 7208 section 4.6.4
                 raise pyspf.PermError(f"{target} has more than {pyspf.MAX_MX} mail exchangers")
-            return any(self._holds(host.exchange.to_text(True), length) for host in hosts)
+            return any(self._hold(self._ask(host.exchange.to_text(True), self.A), length) for host in hosts)
         if name == "ptr":
             below = "." + target.lower()
             return any(self._confirms(found) for found in self._client_names(self._ask_for_term) if ("." + found).endswith(below))
@@ -449,10 +449,6 @@ class Evaluation(pyspf.query):
         except (pyspf.PermError, pyspf.TempError, UnicodeDecodeError):
             return ""
         return text if len(text) <= MAX_EXPLANATION and not _UNPRINTABLE.search(text) else ""
-
-
-def _number(address: str) -> int:
-    return int(ipaddress.ip_address(address))
 
 
 # --- Received-SPF -----------------------------------------------------------------------------------------------
