@@ -29,7 +29,8 @@ setup(
         "click>=8.1", "rich>=13.7", "cryptography>=42", "idna>=3.7", "prometheus-client>=0.20",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "import-linter>=2", "ruff>=0.6", "mypy>=1.11", "pyyaml>=6"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "import-linter>=2", "ruff>=0.6", "mypy>=1.11", "pyyaml>=6",
+                 "dkimpy[ARC,ed25519]>=1.1.8"],
     },
     entry_points={
         "console_scripts": ["gmta = gmta.cli:main"],
