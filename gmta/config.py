@@ -446,7 +446,7 @@ class Listener(CoreSection):
     role: Literal["mx", "submission"] = "mx"
     tls: Literal["starttls", "implicit", "off"] = "starttls"
     auth_required: bool | None = Field(None, description="default: yes for submission")
-    bare_newline: Annotated[Literal["reject", "normalize"], _absent("reject")] = "reject"
+    bare_newline: Literal["reject", "normalize"] = Field("reject", description="what a bare LF does: it ends the session, or a line")
     proxy_protocol: Annotated[bool, _absent(False)] = False
     reverse_lookup: bool = Field(False, description="find the client's name before the banner")
 

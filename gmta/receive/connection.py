@@ -108,7 +108,8 @@ class Connection:
     def _new_protocol(self) -> ServerProtocol:
         pipeline = self._pipeline
         extensions = Extensions(rcpt_max=pipeline.recipients)
-        protocol = ServerProtocol(extensions, pipeline.hostname, require_auth=bool(self._listener.auth_required), bounds=pipeline.bounds)
+        protocol = ServerProtocol(extensions, pipeline.hostname, require_auth=bool(self._listener.auth_required), bounds=pipeline.bounds,
+                                  normalize=self._listener.bare_newline == "normalize")
         protocol.tls = self.session.tls is not None
         return protocol
 

@@ -1,4 +1,4 @@
-"""Message data on the wire: the scanner that finds CRLF.CRLF and undoes dots, and the stuffing that does them.
+"""Message data on the wire: the scanners that find its end and undo dots, what its octets have to be, and the stuffing of dots.
 
 Server and client share it. Only CRLF.CRLF ends the data (RFC 5321 section 4.1.1.4, 4.5.2); bare CR, bare LF and NUL are
 noticed and read on over, so that what hides behind them is never taken for commands. Nothing here raises on any input.
@@ -6,30 +6,72 @@ noticed and read on over, so that what hides behind them is never taken for comm
 
 from __future__ import annotations
 
+import re
 from io import IncrementalNewlineDecoder
 
 _DOT = b"\r\n."
+_CRLF_END = re.compile(rb"\r\n(\.\r\n)")
+_LF_END = re.compile(rb"\n(\.\r?\n)")
+_OPEN = re.compile(rb"(?:\r?\n(?:\.\r?)?|\r)\Z")  # a line end, or an end of data, that may go on
 
 
-class DataScanner:
-    """Reads message data in any pieces. `feed` gives the octets with dots undone; `rest` is what follows the end.
+class TextCheck:
+    """Looks at message octets as they come, in any pieces (RFC 5321 sections 2.3.8 and 4.5.3.1.6, RFC 6152 section 3).
 
-    ended: the final CRLF.CRLF was seen.  bare: a bare CR or LF was seen.  nul: a NUL was seen.  too_long: a line had more
-    than `line_limit` octets without its CRLF.  Memory: at most 4 octets are held back.
+    bare: a bare CR or LF was seen.  nul: a NUL was seen.  too_long: a line had more than `line_limit` octets without its CRLF.
     """
 
-    __slots__ = ("_ends", "_held", "_limit", "_line", "_virtual", "bare", "ended", "nul", "rest", "too_long")
+    __slots__ = ("_ends", "_limit", "_line", "bare", "nul", "too_long")
 
     def __init__(self, line_limit: int = 64 * 1024) -> None:
         self._limit = line_limit
         self._ends = IncrementalNewlineDecoder(None, False)  # one pass in C tells which line ends there are
-        self._held = b"\r\n"  # the data starts as if behind a line end, so that a first dot counts
-        self._virtual = 2  # octets of that line end still to be left out
         self._line = 0
-        self.ended = False
         self.bare = False
         self.nul = False
         self.too_long = False
+
+    def check(self, data: bytes) -> None:
+        """Takes the next octets."""
+        if not self.bare:
+            self._ends.decode(data.decode("latin-1"))
+            self.bare = self._ends.newlines not in (None, "\r\n")
+        if not self.nul and b"\0" in data:
+            self.nul = True
+        self._measure(data)
+
+    def finish(self) -> None:
+        """There are no more: a CR at the very end is a bare one."""
+        self._ends.decode("", True)
+        self.bare = self.bare or self._ends.newlines not in (None, "\r\n")
+
+    def _measure(self, data: bytes) -> None:
+        """Line lengths, cheaply: from line end to the last line end that a line at its limit may have."""
+        start = -self._line
+        octets, limit = len(data), self._limit
+        while octets - start > limit:
+            end = data.rfind(b"\n", max(start, 0), start + limit + 2)
+            if end < 0:
+                self.too_long = self.too_long or octets - start > limit + 1 or not data.endswith(b"\r")
+                break
+            start = end + 1
+        end = data.rfind(b"\n", max(start, 0))
+        self._line = octets - (start if end < 0 else end + 1)
+
+
+class DataScanner(TextCheck):
+    """Reads message data in any pieces. `feed` gives the octets with dots undone; `rest` is what follows the end.
+
+    ended: the final CRLF.CRLF was seen.  Memory: at most 4 octets are held back.
+    """
+
+    __slots__ = ("_held", "_virtual", "ended", "rest")
+
+    def __init__(self, line_limit: int = 64 * 1024) -> None:
+        super().__init__(line_limit)
+        self._held = b"\r\n"  # the data starts as if behind a line end, so that a first dot counts
+        self._virtual = 2  # octets of that line end still to be left out
+        self.ended = False
         self.rest = b""
 
     def feed(self, piece: bytes) -> bytes:
@@ -69,26 +111,66 @@ class DataScanner:
             self._virtual -= drop
             data = data[drop:]
         if data:
-            if not self.bare:
-                self._ends.decode(data.decode("latin-1"))
-                self.bare = self._ends.newlines not in (None, "\r\n")
-            if not self.nul and b"\0" in data:
-                self.nul = True
-            self._measure(data)
+            self.check(data)
         return data
 
-    def _measure(self, data: bytes) -> None:
-        """Line lengths, cheaply: from line end to the last line end that a line at its limit may have."""
-        start = -self._line
-        octets, limit = len(data), self._limit
-        while octets - start > limit:
-            end = data.rfind(b"\n", max(start, 0), start + limit + 2)
-            if end < 0:
-                self.too_long = self.too_long or octets - start > limit + 1 or not data.endswith(b"\r")
-                break
-            start = end + 1
-        end = data.rfind(b"\n", max(start, 0))
-        self._line = octets - (start if end < 0 else end + 1)
+
+class NormalizingScanner(DataScanner):
+    """The same for clients that end lines in a bare LF: what comes out has CRLF. A bare CR ends no line here either.
+
+    A dot alone between other line ends than CRLF is no end of data but for lf_ends, which is for a client that ends its
+    commands in a bare LF too: what a relay in front of us takes for text is never an end here (CVE-2023-51764), since a relay
+    speaks CRLF itself.
+    """
+
+    __slots__ = ("_end",)
+
+    def __init__(self, line_limit: int = 64 * 1024, *, lf_ends: bool = False) -> None:
+        super().__init__(line_limit)
+        self._end = _LF_END if lf_ends else _CRLF_END
+
+    def feed(self, piece: bytes) -> bytes:
+        """Takes the next octets; gives the message octets that are certain by now."""
+        buffer = self._held + piece
+        end = self._end.search(buffer)
+        if end is not None:
+            text, self.rest, self._held = buffer[:end.start(1)], buffer[end.end():], b""
+            self.ended = True
+        else:
+            open_end = _OPEN.search(buffer[-4:])
+            certain = len(buffer) - (0 if open_end is None else len(open_end[0]))
+            text, self._held = buffer[:certain], buffer[certain:]
+        lines = text.replace(b"\r\n", b"\n")
+        return self._check(lines.replace(b"\n.", b"\n").replace(b"\n", b"\r\n"))  # RFC 5321 section 4.5.2
+
+
+class ChunkScanner(TextCheck):
+    """Reads the octets of BDAT chunks, which a count frames: no dots, no end (RFC 3030 section 2).
+
+    normalize: a bare LF comes out as CRLF; a CR at the end of a piece is held back until it is clear what it is.
+    """
+
+    __slots__ = ("_held", "_normalize")
+
+    def __init__(self, line_limit: int = 64 * 1024, *, normalize: bool = False) -> None:
+        super().__init__(line_limit)
+        self._held = b""
+        self._normalize = normalize
+
+    def feed(self, piece: bytes) -> bytes:
+        """Takes the next octets; gives the message octets that are certain by now."""
+        if self._normalize:
+            piece = self._held + piece
+            self._held = b"\r" if piece.endswith(b"\r") else b""
+            piece = piece.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        self.check(piece)
+        return piece
+
+    def finish(self) -> None:
+        """The last chunk is in."""
+        if self._held:
+            self.check(self._held)
+        super().finish()
 
 
 def _overlap(tail: bytes) -> int:

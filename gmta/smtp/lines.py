@@ -24,18 +24,20 @@ class BareNewline(Exception):
     """A line with a bare CR or LF; internal to gmta.smtp."""
 
 
-def take_line(buffer: bytearray, limit: int) -> bytes | None:
+def take_line(buffer: bytearray, limit: int, *, normalize: bool = False) -> bytes | None:
     """Removes one line from the buffer and gives it without CRLF, or None if it is not whole yet.
 
-    Raises LineTooLong (line dropped), NoLineEnd or BareNewline (RFC 5321 section 2.3.8).
+    normalize: a bare LF ends a line too.  Raises LineTooLong (line dropped), NoLineEnd or BareNewline (RFC 5321 section 2.3.8).
     """
     end = buffer.find(b"\n")
+    if (len(buffer) if end < 0 else end) > MAX_WITHOUT_LF:
+        raise NoLineEnd
     if end < 0:
-        if len(buffer) > MAX_WITHOUT_LF:
-            raise NoLineEnd
         return None
     line = bytes(buffer[:end + 1])
     del buffer[:end + 1]
+    if normalize and not line.endswith(b"\r\n"):
+        line = line[:-1] + b"\r\n"
     if not line.endswith(b"\r\n") or b"\r" in line[:-2]:
         raise BareNewline
     if len(line) > limit:

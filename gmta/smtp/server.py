@@ -24,10 +24,13 @@ from gmta.smtp.commands import (
     parse_mail,
     parse_rcpt,
 )
-from gmta.smtp.data import DataScanner
+from gmta.smtp.data import ChunkScanner, DataScanner, NormalizingScanner, TextCheck
 from gmta.smtp.lines import BareNewline, LineTooLong, NoLineEnd, ProtocolError, take_line
 
 AUTH_LINE = 12288  # RFC 4954 section 4
+_NUL = Reply(550, "5.5.2", "Message contains a NUL octet")
+# What can be wrong with a message, the gravest first: how it came in pieces must not decide which of them is told
+_FAULTS = (replies.BARE_NEWLINE, _NUL, replies.TEXT_LINE_TOO_LONG, replies.SIZE_EXCEEDED, replies.HEADER_TOO_LARGE)
 _OTHER_PROTOCOLS = (b"GET ", b"POST ", b"PUT ", b"HEAD ", b"CONNECT ", b"OPTIONS ", b"DELETE ", b"PATCH ", b"TRACE ", b"PRI ",
                     b"SSH-", b"\x16\x03")
 
@@ -104,12 +107,15 @@ class ServerProtocol:
     """One session's protocol state; see the module's docstring for how it is driven."""
 
     __slots__ = ("_bounds", "_buffer", "_chunk_failed", "_chunk_last", "_chunk_left", "_chunk_refusal", "_direct", "_fault", "_fresh", "_header", "_header_done",
-                 "_pending", "_queue", "_scanner", "_size", "_smtputf8", "_state", "authenticated", "esmtp", "extensions", "greeted",
-                 "hostname", "in_transaction", "recipients", "require_auth", "require_tls", "tls")
+                 "_lf_line", "_normalize", "_pending", "_queue", "_scanner", "_size", "_smtputf8", "_state", "authenticated", "esmtp",
+                 "extensions", "greeted", "hostname", "in_transaction", "recipients", "require_auth", "require_tls", "tls")
 
     def __init__(self, extensions: Extensions, hostname: str, *, require_tls: bool = False, require_auth: bool = False,
-                 bounds: Bounds = Bounds()) -> None:  # noqa: B008
+                 bounds: Bounds = Bounds(), normalize: bool = False) -> None:  # noqa: B008
+        """normalize: a bare LF ends a line too, and is made CRLF; else it ends the session (RFC 5321 section 2.3.8)."""
         self.extensions = extensions
+        self._normalize = normalize
+        self._lf_line = False
         self._bounds = bounds
         self.hostname = hostname
         self.require_tls = require_tls
@@ -127,7 +133,7 @@ class ServerProtocol:
         self._pending: events.Event | None = None
         self._queue: list[events.Event] = []
         self._fresh = True
-        self._scanner: DataScanner | None = None
+        self._scanner: TextCheck | None = None
         self._size = 0
         self._header: bytearray | None = None
         self._header_done = False
@@ -178,8 +184,11 @@ class ServerProtocol:
         return event
 
     def _line(self, limit: int) -> bytes | events.Fault | None:
+        if self._normalize:
+            end = self._buffer.find(b"\n")
+            self._lf_line = self._buffer[max(0, end - 1):end] != b"\r"
         try:
-            return take_line(self._buffer, limit)
+            return take_line(self._buffer, limit, normalize=self._normalize)
         except LineTooLong:
             return events.Fault(replies.LINE_TOO_LONG, False)
         except BareNewline:
@@ -208,7 +217,7 @@ class ServerProtocol:
                 return self._give_up()
             self._chunk_failed = self._chunk_failed or self.in_transaction
             self._drop(bad.octets, bad.reply)
-            return self._chunk()
+            return self._drop_on()
         except Refused as refused:
             return events.Fault(refused.reply, False)
         return self._chunk() if event is None else event
@@ -378,7 +387,7 @@ class ServerProtocol:
 
     def _data(self) -> events.Event | None:
         scanner = self._scanner
-        if scanner is None or not (self._direct or self._buffer):
+        if not isinstance(scanner, DataScanner) or not (self._direct or self._buffer):
             return None
         if self._direct:
             piece, self._direct = self._direct, b""
@@ -386,14 +395,9 @@ class ServerProtocol:
             piece = bytes(self._buffer)
             self._buffer.clear()
         data = scanner.feed(piece)
-        if self._fault is None:
-            if scanner.bare:
-                self._fault = replies.BARE_NEWLINE
-            elif scanner.nul:
-                self._fault = Reply(550, "5.5.2", "Message contains a NUL octet")
-            elif scanner.too_long:
-                self._fault = replies.TEXT_LINE_TOO_LONG
-        self._account(data)
+        self._account(data, scanner, last=scanner.ended)
+        if self._endless(self._size):
+            return self._give_up()
         if scanner.ended:
             self._buffer += scanner.rest
             self._scanner = None
@@ -403,66 +407,87 @@ class ServerProtocol:
                 self._queue.append(end)
                 return events.Body(data)
             return end
-        if self._endless(self._size):
-            return self._give_up()
         if data and self._fault is None:
             return events.Body(data)
         return None
 
-    def _account(self, data: bytes) -> None:
-        """Size and header limits; sets the fault, never stops the reading."""
+    def _note(self, fault: Reply) -> None:
+        """What refuses the message at its end, where nothing graver does; never stops the reading."""
+        if self._fault is None or _FAULTS.index(fault) < _FAULTS.index(self._fault):
+            self._fault = fault
+
+    def _account(self, data: bytes, scanner: TextCheck, *, last: bool) -> None:
+        """Judges octets, size and header section as far as they are in. last: the message is whole."""
+        if scanner.bare:
+            self._note(replies.BARE_NEWLINE)
+        elif scanner.nul:
+            self._note(_NUL)
+        elif scanner.too_long:
+            self._note(replies.TEXT_LINE_TOO_LONG)
         self._size += len(data)
-        limit = self.extensions.size
-        if limit and self._size > limit and self._fault is None:
-            self._fault = replies.SIZE_EXCEEDED
+        if 0 < self.extensions.size < self._size:
+            self._note(replies.SIZE_EXCEEDED)
         header = self._header
         if header is None or self._header_done or self._fault is not None:
             return
         overlap = max(0, len(header) - 3)
         header += data
         end = header.find(b"\r\n\r\n", overlap)
-        if end >= 0 or header.startswith(b"\r\n"):
-            self._header_done = True
-            if end >= 0:
-                del header[end + 2:]
-            else:
-                header.clear()
-        if len(header) > self._bounds.header_size:
-            if split_header(bytes(header))[0]:  # text without a header section is all body
-                self._fault = replies.HEADER_TOO_LARGE
-            self._header_done = True
-        if self._header_done:
-            fields = header.count(b"\n") - header.count(b"\n ") - header.count(b"\n\t")
-            if fields > self._bounds.header_fields and split_header(bytes(header))[0]:
-                self._fault = replies.HEADER_TOO_LARGE
+        if end >= 0:
+            del header[end + 2:]
+        elif header.startswith(b"\r\n"):
             header.clear()
+        elif len(header) <= self._bounds.header_size and not last:
+            return
+        self._header_done = True
+        fields = header.count(b"\n") - header.count(b"\n ") - header.count(b"\n\t")
+        if ((fields > self._bounds.header_fields or len(header) > self._bounds.header_size)
+                and split_header(bytes(header))[0]):  # text without a header section is all body
+            self._note(replies.HEADER_TOO_LARGE)
+        header.clear()
 
     def _chunk(self) -> events.Event | None:
-        dropping = self._state is State.DROP
-        if self._buffer and self._chunk_left:
-            data = bytes(self._buffer[:self._chunk_left])
-            del self._buffer[:len(data)]
-            self._chunk_left -= len(data)
-            if not dropping:
-                self._account(data)
-                if self._fault is None:
-                    if not self._chunk_left:
-                        self._queue.append(self._chunk_end())
-                    return events.Body(data)
-        if self._chunk_left:
-            return None
-        if dropping:
-            self._state = State.COMMAND
-            refusal = self._chunk_refusal
-            self._chunk_refusal = None
-            return events.Fault(refusal or replies.BAD_SEQUENCE, False)
-        return self._chunk_end()
+        if self._state is State.DROP:
+            return self._drop_on()
+        scanner = self._scanner
+        assert isinstance(scanner, ChunkScanner)
+        data = b""
+        if self._chunk_left and self._buffer:
+            piece = bytes(self._buffer[:self._chunk_left])
+            del self._buffer[:len(piece)]
+            self._chunk_left -= len(piece)
+            data = scanner.feed(piece)
+        ended = not self._chunk_left
+        last = ended and self._chunk_last
+        if last:
+            scanner.finish()
+        self._account(data, scanner, last=last)
+        if ended:
+            self._queue.append(self._chunk_end())
+        if data and self._fault is None:
+            return events.Body(data)
+        return self._queue.pop(0) if ended else None
 
     def _chunk_end(self) -> events.Event:
         self._state = State.COMMAND
         if self._chunk_last:
-            return events.BodyEnd(self._size, self._fault, False)
+            return events.BodyEnd(self._size, self._fault, False)  # the count has framed it: nothing is out of step
+        if self._fault is not None:
+            self._chunk_failed = True
+            return events.Fault(self._fault, False)
         return events.ChunkEnd()
+
+    def _drop_on(self) -> events.Event | None:
+        """Drops what is in of a refused chunk; its refusal once all is."""
+        dropped = min(self._chunk_left, len(self._buffer))
+        del self._buffer[:dropped]
+        self._chunk_left -= dropped
+        if self._chunk_left:
+            return None
+        self._state = State.COMMAND
+        refusal = self._chunk_refusal
+        self._chunk_refusal = None
+        return events.Fault(refusal or replies.BAD_SEQUENCE, False)
 
     # -- out --------------------------------------------------------------------------------------------------------
 
@@ -488,11 +513,13 @@ class ServerProtocol:
             self.recipients += 1
         elif kind is events.Data and reply.code == 354:
             self._begin_message()
-            self._scanner = DataScanner(self._bounds.text_line)
+            limit = self._bounds.text_line
+            self._scanner = NormalizingScanner(limit, lf_ends=self._lf_line) if self._normalize else DataScanner(limit)
             self._state = State.DATA
         elif kind is events.BdatStart:
             if positive:
                 self._begin_message()
+                self._scanner = ChunkScanner(self._bounds.text_line, normalize=self._normalize)
                 self._state = State.CHUNK
             else:
                 self._chunk_failed = True
