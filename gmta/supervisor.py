@@ -16,6 +16,7 @@ import selectors
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from gmta.config import EX_CONFIG, Config, ConfigError, load
+from gmta.queue import maildrop
 from gmta.services.log import Log
 from gmta.systemd import Given, Notifier, given_sockets
 
@@ -417,11 +419,13 @@ def worker_account(config: Config) -> pwd.struct_passwd | None:
 
 
 def prepare(config: Config, account: pwd.struct_passwd | None) -> None:
-    """Makes the data directory, the workers' own; raises ConfigError."""
+    """Makes the data directory and the maildrop, the workers' own; raises ConfigError."""
     data_dir = config.gmta.data_dir
     try:
         os.makedirs(data_dir, mode=0o700, exist_ok=True)
         if account is not None:
             os.chown(data_dir, account.pw_uid, account.pw_gid)
+            os.chmod(data_dir, stat.S_IMODE(os.stat(data_dir).st_mode) | stat.S_IXGRP)  # to the maildrop
+        maildrop.prepare(data_dir, account)
     except OSError as error:
-        raise ConfigError([f"[gmta] data_dir: {data_dir} can't be made: {error.strerror}"]) from error
+        raise ConfigError([f"[gmta] data_dir: {error.filename or data_dir} can't be made: {error.strerror}"]) from error

@@ -24,10 +24,12 @@ from gmta.config import EX_CONFIG, Config, ConfigError  # noqa: E402
 from gmta.deliver.scheduler import Scheduler  # noqa: E402
 from gmta.mail.session import Session  # noqa: E402
 from gmta.plugins import PluginManager  # noqa: E402
+from gmta.queue import maildrop  # noqa: E402
 from gmta.queue.ids import IdSource  # noqa: E402
 from gmta.queue.sqlite import SqliteStore  # noqa: E402
 from gmta.receive.connection import Connection  # noqa: E402
 from gmta.receive.limits import ConnectionLimits  # noqa: E402
+from gmta.receive.pickup import Pickup  # noqa: E402
 from gmta.receive.pipeline import Pipeline  # noqa: E402
 from gmta.services import Services  # noqa: E402
 from gmta.services.dns import Resolver  # noqa: E402
@@ -54,6 +56,8 @@ class Worker:
                                  history_s=config.queue.history, message_limit=config.limits.message_size)
         self.scheduler = Scheduler(config, self.store, self.plugins, self.services, self.ids)
         self.pipeline = Pipeline(config, self.plugins, self.store, self.services, self.ids, self.scheduler.accept)
+        self.pickup = Pickup(os.path.join(config.gmta.data_dir, maildrop.DIRECTORY), os.path.join(config.gmta.data_dir, "queue"), self.pipeline,
+                             config.queue.lifetime)
         self.limits = ConnectionLimits(config.limits, config.domains.relay_from, config.gmta.workers)
         self._sockets = sockets
         self._connections: set[Connection] = set()
@@ -70,6 +74,7 @@ class Worker:
         gevent.signal_handler(signal.SIGHUP, lambda: None)
         gevent.signal_handler(signal.SIGUSR1, self.log.reopen)
         self.scheduler.start()
+        self.pickup.start()
         acceptors = [gevent.spawn(self._accept, name, sock) for name, sock in self._sockets]
         if life >= 0:
             gevent.spawn(self._watch, life)
@@ -84,6 +89,7 @@ class Worker:
         self._stopping.wait()
         self.plugins.on("on_worker_stopping", self)
         gevent.killall(acceptors)
+        self.pickup.stop(5.0)
         self._drain()
         self.scheduler.stop(10.0)
         self.store.close()
