@@ -31,6 +31,7 @@ from gmta.verify.arc import ArcResult
 from gmta.verify.dmarc import DmarcResult, authors_of, evaluate
 
 MAX_TEXT = 400  # of a reply
+MAX_RESULTS, MAX_NESTED = 8192, 5  # octets of a sealer's results, and comments within comments, that are looked at
 QUARANTINE = "quarantine"
 
 _NOT_RESULTS = re.compile(r'"(?:[^"\\]|\\.)*"|\((?:[^()\\]|\\.)*\)')
@@ -85,9 +86,11 @@ class Plugin:
         for link in reversed(chain.sets):
             if domain_key(link.domain) not in self._config.trusted_sealers:
                 break
-            results, count = link.results, 1
-            while count:  # comments nest
-                results, count = _NOT_RESULTS.subn(" ", results)
+            results = link.results[:MAX_RESULTS]
+            for _ in range(MAX_NESTED):
+                results = _NOT_RESULTS.sub(" ", results)
+            if "(" in results or '"' in results:
+                continue
             for result in results.split(";")[1:]:
                 match = _DMARC_PASS.match(result)
                 if match is not None and (match[1] is None or domain_key(match[1]) == outcome.domain):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import NamedTuple
 
 from gmta.mail.address import AddressError, check_domain, domain_key
@@ -23,12 +24,13 @@ from gmta.verify import Asks
 MAX_AUTHORS = 3  # author domains judged; each may cost a tree walk (RFC 9989 section 11.5)
 MAX_ADDRESSES = 200  # in From
 MAX_FROM = 32 * 1024  # octets of all From fields together
+MAX_TAGS = 100  # of a record; what comes after them is one more tag
 MAX_LABELS = 7  # RFC 9989 section 4.10 step 4
 
 POLICIES = ("none", "quarantine", "reject")  # from the mildest
 
 _VERSION = re.compile(r"[vV][ \t]*=[ \t]*DMARC1[ \t]*\Z")  # RFC 9989 section 4.8
-_TAG = re.compile(r"[ \t]*([A-Za-z]+)[ \t]*=[ \t]*([ -~]*?)[ \t]*\Z")
+_UNPRINTABLE = re.compile(r"[^ -~\t]")
 _URI = re.compile(r"[ \t]*(?:mailto:[^@\s]+@[^@\s!]+|(?!mailto:)[a-z][a-z0-9+.\-]*:[^\s!]+)(?:![0-9]+[kmgt]?)?[ \t]*\Z", re.I)
 
 
@@ -90,7 +92,7 @@ class DmarcResult:
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\\.|[^"\\()<>,;:]+|.', re.S)
 _IN_COMMENT = re.compile(r"\\.|[^\\()]+|.", re.S)
-_LOOSE = re.compile(r"\s*([@.])\s*")
+_LOOSE = re.compile(r" ?([@.]) ?")
 
 
 def authors_of(values: Sequence[bytes]) -> Authors:
@@ -128,7 +130,7 @@ def _domains(text: str) -> Iterable[str]:
         nonlocal angle
         if angle is not None:
             angles.append("".join(angle))
-        chosen = [part for part in angles if "@" in part] or _LOOSE.sub(r"\1", "".join(plain)).split()
+        chosen = [part for part in angles if "@" in part] or _LOOSE.sub(r"\1", " ".join("".join(plain).split())).split()
         found.extend(part.rpartition("@")[2].strip() for part in chosen if "@" in part)
         plain.clear()
         angles.clear()
@@ -192,14 +194,14 @@ def _name(text: str) -> str:
 
 def parse(text: str) -> Record | None:
     """A policy record, or None for a text that is none (RFC 9989 section 4.7, 4.8)."""
-    version, *rest = text.split(";")
+    version, *rest = text.split(";", MAX_TAGS)
     if _VERSION.match(version) is None:
         return None
     tags: dict[str, str] = {}
     for part in rest:
-        match = _TAG.match(part)
-        if match is not None:
-            tags.setdefault(match[1].lower(), match[2])
+        name, equals, value = part.partition("=")
+        if equals and not _UNPRINTABLE.search(part):
+            tags.setdefault(name.strip(" \t").lower(), value.strip(" \t"))
     policies = {name: tags.get(name, "").lower() for name in ("p", "sp", "np")}
     usable = True
     if any(tags.get(name) is not None and policy not in POLICIES for name, policy in policies.items()):
@@ -237,11 +239,12 @@ class _Walks:
         if answer.status is Status.TEMPORARY:
             self.note(f"_dmarc.{name}: {answer.reason}")
             raise _Unknown(f"_dmarc.{name}: {answer.reason}")
-        found = [(text, record) for text in (raw.decode("latin-1") for raw in texts(answer)) if (record := parse(text)) is not None]
+        candidates = (raw.decode("latin-1") for raw in texts(answer))
+        found = list(islice(((text, record) for text in candidates if (record := parse(text)) is not None), 2))
         if not found:
             self.note(f"_dmarc.{name}: no record")
         elif len(found) > 1:  # RFC 9989 section 4.10 steps 2 and 6
-            self.note(f"_dmarc.{name}: {len(found)} records, all discarded")
+            self.note(f"_dmarc.{name}: several records, all discarded")
         else:
             self.note(f"_dmarc.{name}: {found[0][0]}")
         record = self._records[name] = found[0][1] if len(found) == 1 else None

@@ -35,6 +35,8 @@ from gmta.services.dns import Status
 from gmta.verify import Asks
 
 MAX_TERMS = 1000  # of all records of an evaluation together: bounds the time that records of 60 KB can cost
+MAX_TERM = 1000  # characters of one
+MAX_ADDRESSES = 500  # of a name that are compared
 MAX_QUERIES = 20  # names asked for in an evaluation; ten mx terms with ten hosts each would be 110
 MAX_EXPLANATION = 250  # octets of exp= text that fit a reply line
 KEPT_RECORDS = 1000  # parsed ones
@@ -49,7 +51,7 @@ _DIRECTIVE = re.compile(
     r"([+\-?~]?)(all|include|a|mx|ptr|ip4|ip6|exists)(?::(.*?))?(?:/(0|[1-9]\d{0,2}))?(?://(0|[1-9]\d{0,2}))?\Z", re.I | re.S)
 _MACRO = re.compile(r"%(?:([%_\-])|\{([slodiphvcrt])(\d*)(r?)([.\-+,/_=]*)\})", re.I)  # RFC 7208 section 7.1
 _DOMAIN_END = re.compile(
-    r"(?:\.(?:[a-z0-9]*[a-z][a-z0-9]*|[a-z0-9]+-[a-z0-9\-]*[a-z0-9])\.?|%[%_\-]|%\{[^}]*\})\Z", re.I)
+    r"(?:\.(?=[0-9]*[a-z\-])[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?\.?|%[%_\-]|%\{[^}]*\})\Z", re.I)
 _NAME = re.compile(r"(?:[ -\-/-\[\]-~]{1,63}\.)+[ -\-/-\[\]-~]{1,63}\Z")  # a backslash would be an escape to the resolver
 _IP4 = re.compile(pyspf.PAT_IP4 + r"\Z")
 
@@ -174,9 +176,10 @@ def parse(text: str) -> Record:
         raise pyspf.PermError(f"the record contains the character {bad[0]!a}")
     directives: list[Directive] = []
     modifiers: dict[str, str] = {}
-    for term in text.split(" ")[1:]:
-        if not term:
-            continue
+    terms = [term for term in text.split(" ")[1:] if term]
+    if len(terms) > MAX_TERMS or max(map(len, terms), default=0) > MAX_TERM:
+        raise pyspf.PermError(f"more than {MAX_TERMS} terms, or one of more than {MAX_TERM} characters")
+    for term in terms:
         modifier = _MODIFIER.match(term)
         if modifier is None:
             directives.append(_directive(term))
@@ -319,7 +322,7 @@ class Evaluation(pyspf.query):
         """True where one of these address records is in one network with the client's address."""
         shift = self._bits - length
         mine = self._address >> shift
-        return any(int(ipaddress.ip_address(record.address)) >> shift == mine for record in records)
+        return any(int(ipaddress.ip_address(record.address)) >> shift == mine for record in records[:MAX_ADDRESSES])
 
     def _client_names(self, ask: Callable[[str, str], tuple[Any, ...]]) -> list[str]:
         """The names that the client's address claims, at most ten, not yet confirmed (RFC 7208 section 4.6.4, 5.5)."""
@@ -443,7 +446,7 @@ class Evaluation(pyspf.query):
             records = self._ask(self.expand(spec), "TXT")
             if len(records) != 1:
                 return ""
-            text = b"".join(records[0].strings).decode("ascii")
+            text = b"".join(records[0].strings)[:MAX_TERM].decode("ascii")
             _check_macros(text, "exp=")
             text = self.expand(text, stripdot=False)
         except (pyspf.PermError, pyspf.TempError, UnicodeDecodeError):

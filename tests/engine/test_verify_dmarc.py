@@ -272,6 +272,22 @@ def test_more_than_is_looked_at_is_refused(value: str) -> None:
     assert not zone.asked
 
 
+@pytest.mark.parametrize("value", [
+    "x" + " " * 30000 + "<a@example.com>", "(" * 15000 + "a@example.com" + ")" * 15000, '"' * 30001 + "a@example.com", '"' + '\\"' * 15000 + "a@example.com",
+    "<" * 30000 + "a@example.com", "\\" * 30000 + " a@example.com", "." * 30000 + "@example.com", ":" * 30000 + "a@example.com",
+])
+def test_long_from_ends(value: str) -> None:
+    authors_of([value.encode()])
+
+
+@pytest.mark.parametrize("text", [
+    "p=a" + " " * 60000 + "b\xff", ";" * 60000, "p=" + " " * 60000 + "x", "rua=" + "mailto:" * 8000, "rua=" + "mailto:a@b!1" * 5000, "p" * 60000 + "=" + "=" * 9,
+])
+def test_long_record_ends(text: str) -> None:
+    assert parse(f"v=DMARC1; {text}") is not None
+    assert parse("v" + " " * 60000 + text) is None
+
+
 # --- whatever comes ---------------------------------------------------------------------------------------------
 
 PIECES = st.sampled_from(["a@", "example.com", "<", ">", "(", ")", '"', "\\", ",", ";", ":", "@", " ", "\r\n ", "b.example", "\u00fc", "[1]", "."])

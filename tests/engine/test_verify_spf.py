@@ -264,6 +264,24 @@ def test_cost_is_bounded() -> None:
     assert slow.seconds == 20
 
 
+@pytest.mark.parametrize("record", [
+    "v=spf1 a:x." + "a" * 60000 + "! -all",
+    "v=spf1 a:" + "a." * 30000 + "! -all",
+    "v=spf1 a:" + "/" * 60000 + " -all",
+    "v=spf1 a:" + "%{" * 30000 + " -all",
+    "v=spf1 exists:%{s" + "1" * 60000 + "}",
+    "v=spf1 exists:" + "%{s}" * 15000,
+    "v=spf1 " + "a" * 60000 + "=" + "%{" * 100,
+    "v=spf1 ip6:" + "1:" * 30000,
+    "v=spf1 ip4:" + "1." * 30000,
+    "v=spf1" + " a" * 30000,
+    "v=spf1" + " " * 60000,
+])
+def test_long_records_end(record: str) -> None:
+    """No expression of the grammar takes time by the square of what a record of 60 KB holds."""
+    assert judge(record)[0].result in ("permerror", "neutral")
+
+
 def test_questions_of_a_message_are_bounded() -> None:
     zone = Zone()
     lookups = Lookups(zone, limit=3)
