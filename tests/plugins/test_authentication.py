@@ -56,7 +56,7 @@ def test_aligned() -> None:
 
 
 def test_refused_and_quarantined() -> None:
-    assert not played("a@example.com", "550 5.7.1 Refused by the DMARC policy of example.com.*", peer_ip="192.0.2.2").queued
+    assert not played("a@example.com", "550 5.7.1 Refused by the DMARC policy of example.com: *", peer_ip="192.0.2.2").queued
     found = played("a@example.net", "250")
     assert found.queued[0][0].tags == ["dmarc-fail", "quarantine"]
     assert results(found)[0].endswith('dmarc=fail reason="nothing vouches for example.net" header.from=example.net policy.dmarc=quarantine')
