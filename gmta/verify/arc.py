@@ -178,20 +178,20 @@ def _check_messages(header: Header, message: Message, links: Sequence[_Link], lo
                     result: ArcResult) -> list[Trial]:
     """Verifies the last AMS (RFC 8617 section 5.2 step 4), raising Fault; returns the trials of the others, from the last down."""
     trials = [Trial(link.message) for link in reversed(links)]
-    for number, trial in enumerate(trials):
+    for trial in trials:
         trial.attempt(trial.ask, lookups)
         trial.attempt(trial.check_header, header)
-        if number == 0 and (trial.fault or trial.header_fault) is not None:
+        trial.fault = trial.fault or trial.header_fault
+        if trials[0].fault is not None:
             break
-    hashes = hash_for([trial for trial in trials if trial.key is not None], message, heavy)
-    for trial in trials:
-        if trial.fault is None and trial.key is None:
-            trial.fault = trial.header_fault
-        trial.attempt(trial.check_body, hashes)
-        trial.attempt(trial.signature.check_times, now)
-        if trial.fault is None and trial.signature.length is not None \
-                and trial.signature.length < hashes[trial.signature.body_relaxed].length:
-            trial.fault = Fault("fail", "l= leaves a part of the body unsigned")
+    else:
+        hashes = hash_for(trials, message, heavy)
+        for trial in trials:
+            trial.attempt(trial.check_body, hashes)
+            trial.attempt(trial.signature.check_times, now)
+            length = trial.signature.length
+            if trial.fault is None and length is not None and length < hashes[trial.signature.body_relaxed].length:
+                trial.fault = Fault("fail", "l= leaves a part of the body unsigned")
     last = trials[0]
     result.steps += [f"message signature {len(links)}: {step}" for step in last.steps]
     if last.fault is not None:
