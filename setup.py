@@ -8,6 +8,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "gmta/__init__.py").read_text()).group(1)
 
+PARTS = sorted(f"gmta.{path.parent.name}" for path in (HERE / "gmta").glob("*/__init__.py"))
 BUNDLED = sorted(path.stem for path in (HERE / "plugins").glob("*.py") if path.stem != "__init__")
 
 setup(
@@ -18,10 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=[
-        "gmta", "gmta.mail", "gmta.smtp", "gmta.services", "gmta.queue", "gmta.receive",
-        "gmta.deliver", "gmta.verify", "gmta.cli", "gmta.testing", "gmta_plugins",
-    ],
+    packages=["gmta", *PARTS, "gmta_plugins"],
     package_dir={"gmta": "gmta", "gmta_plugins": "plugins"},
     package_data={"gmta": ["py.typed"]},
     install_requires=[
@@ -33,7 +31,7 @@ setup(
                  "dkimpy[ARC,ed25519]>=1.1.8"],
     },
     entry_points={
-        "console_scripts": ["gmta = gmta.cli:main"],
+        "console_scripts": ["gmta = gmta.cli:main", *(f"{name} = gmta.cli.sendmail:main" for name in ("sendmail", "mailq", "newaliases"))],
         "gmta.plugins": [f"{name} = gmta_plugins.{name}" for name in BUNDLED],
     },
 )
