@@ -31,11 +31,11 @@ POLICIES = ("none", "quarantine", "reject")  # from the mildest
 
 _VERSION = re.compile(r"[vV][ \t]*=[ \t]*DMARC1[ \t]*\Z")  # RFC 9989 section 4.8
 _UNPRINTABLE = re.compile(r"[^ -~\t]")
-_URI = re.compile(r"[ \t]*(?:mailto:[^@\s]+@[^@\s!]+|(?!mailto:)[a-z][a-z0-9+.\-]*:[^\s!]+)(?:![0-9]+[kmgt]?)?[ \t]*\Z", re.I)
+_URI = re.compile(r"[ \t]*[a-z][a-z0-9+.\-]*:[^\s!\"<>\\^`{|}]*(?:![0-9]+[kmgt]?)?[ \t]*\Z", re.I)  # RFC 3986, RFC 9989 section 4.8
 
 
 class Record(NamedTuple):
-    """A policy record. p, sp, np: policies, "" where not given.  strict_dkim, strict_spf: alignment.  psd: y, n or u.
+    """A policy record. p, sp, np: policies, the latter "" where not given.  strict_dkim, strict_spf: alignment.  psd: y, n or u.
 
     testing: t=y.  rua, ruf, fo: as published.  usable: False where its policy can't be told (RFC 9989 section 4.10.1).
     """
@@ -204,12 +204,12 @@ def parse(text: str) -> Record | None:
             tags.setdefault(name.strip(" \t").lower(), value.strip(" \t"))
     policies = {name: tags.get(name, "").lower() for name in ("p", "sp", "np")}
     usable = True
-    if any(tags.get(name) is not None and policy not in POLICIES for name, policy in policies.items()):
+    if policies["p"] not in POLICIES or any(name in tags and policy not in POLICIES for name, policy in policies.items()):
         # RFC 9989 section 4.10.1: none, if somebody is there to be told of it; else as if there were no DMARC
         usable = any(_URI.match(uri) for uri in tags.get("rua", "").split(","))
         policies = {"p": "none", "sp": "", "np": ""}
     psd = tags.get("psd", "u").lower()
-    return Record(policies["p"] or "none", policies["sp"], policies["np"], tags.get("adkim", "").lower() == "s",
+    return Record(policies["p"], policies["sp"], policies["np"], tags.get("adkim", "").lower() == "s",
                   tags.get("aspf", "").lower() == "s", psd if psd in ("y", "n") else "u", tags.get("t", "").lower() == "y",
                   tags.get("rua", ""), tags.get("ruf", ""), tags.get("fo", "0"), usable)
 
@@ -276,7 +276,7 @@ class _Walks:
         if answer.status is Status.TEMPORARY:
             self.note(f"{name}: {answer.reason}")
             raise _Unknown(f"{name}: {answer.reason}")
-        exists = answer.status is not Status.NXDOMAIN
+        exists = answer.status is not Status.NXDOMAIN or answer.canonical not in ("", answer.name)  # RFC 6604 section 3: a CNAME is there
         self.note(f"{name} {'exists' if exists else 'does not exist'}")
         return exists
 
