@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import pluggy
-from gevent import Timeout
+from gevent import Timeout, get_hub, getcurrent
 from pydantic import BaseModel, ConfigDict
 
 from gmta.config import TARGETS, TRANSPORT_KEYS, Config, ConfigError, Section, nearest
@@ -33,12 +33,59 @@ from gmta.mail.message import Message
 from gmta.mail.reply import AUTH_TEMPORARY, LOCAL_ERROR, Reply
 from gmta.mail.verdict import Kind, Verdict
 
+FENCE_TICK_S = 0.05
 GROUP = "gmta.plugins"  # entry points of other packages
 BUNDLED = "gmta_plugins"  # the package of the bundled ones, looked into without naming any
 
 _FAILED: Any = object()
 _DEFER = Verdict(Kind.DEFER, LOCAL_ERROR)
 _DEFER_AUTH = Verdict(Kind.DEFER, AUTH_TEMPORARY)
+
+
+class Overdue(BaseException):
+    """A hook's deadline has passed: thrown into its greenlet. One object a call; past all that a plugin may catch by habit."""
+
+    def __init__(self, deadline: float, greenlet: Any) -> None:
+        super().__init__()
+        self.deadline = deadline
+        self.greenlet = greenlet
+
+
+class _Fences:
+    """The deadlines of hooks that run now, looked at a few times a second: most hooks end at once, and a timer for each costs
+    more than they do."""
+
+    def __init__(self) -> None:
+        self._running: set[Overdue] = set()
+        self._timer: Any = None
+
+    def enter(self, deadline: float) -> Overdue:
+        """Begins to watch the current greenlet; deadline: perf_counter seconds."""
+        fence = Overdue(deadline, getcurrent())
+        self._running.add(fence)
+        if self._timer is None:
+            self._timer = get_hub().loop.timer(FENCE_TICK_S, FENCE_TICK_S, ref=False)
+            self._timer.start(self._look)
+        return fence
+
+    def leave(self, fence: Overdue) -> None:
+        """The hook is over."""
+        self._running.discard(fence)
+
+    def _look(self) -> None:
+        """In the hub: throws into greenlets that are late; each of them waits, or it would not be this one's turn."""
+        now = time.perf_counter()
+        for fence in [fence for fence in self._running if fence.deadline <= now]:
+            if fence in self._running:
+                self._running.discard(fence)
+                fence.greenlet.throw(fence)
+
+    def close(self) -> None:
+        """Stops looking."""
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer.close()
+            self._timer = None
 
 
 class PluginFailure(Exception):
@@ -123,6 +170,7 @@ class PluginManager:
         self._log = log
         self._metrics = metrics
         self._calls: dict[str, tuple[_Call, ...]] = {}
+        self._fences = _Fences()
         self._plugins: dict[str, tuple[Any, PluginConfig]] = {}
         self._registry = pluggy.PluginManager(PROJECT)
         self._registry.add_hookspecs(HookSpecs)
@@ -334,27 +382,27 @@ class PluginManager:
 
     def _run(self, call: _Call, args: tuple[Any, ...]) -> Any:
         """One call behind its fence: the value, None where a failure is to be ignored, else _FAILED."""
-        timer = Timeout(call.timeout_s) if call.timeout_s else None
         started = time.perf_counter()
+        fence = self._fences.enter(started + call.timeout_s) if call.timeout_s else None
         trace = ""
         try:
-            if timer is not None:
-                timer.start()
             value = call.function(*args)
             if value is None:
                 return None
             complaint = call.judge(value)
             if complaint is None:
                 return value
-        except Timeout as error:
-            if error is not timer:
-                raise  # a caller's deadline
+        except Timeout:
+            raise  # a caller's deadline
+        except Overdue as error:
+            if error is not fence:
+                raise
             complaint, trace = f"past its deadline of {call.timeout_s:g} s", traceback.format_exc()
         except (Exception, SystemExit) as error:  # SystemExit: gevent would end the whole worker
             complaint, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
         finally:
-            if timer is not None:
-                timer.close()
+            if fence is not None:
+                self._fences.leave(fence)
             elapsed_s = time.perf_counter() - started
             timing = call.timing
             timing[0] += 1
@@ -419,6 +467,7 @@ class PluginManager:
 
     def close(self) -> None:
         """Closes transports that have something to close."""
+        self._fences.close()
         for name, transport in self.transports.items():
             close = getattr(transport, "close", None)
             if close is not None:

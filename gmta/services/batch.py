@@ -20,6 +20,9 @@ _allocate_lock = get_original("_thread", "allocate_lock")
 _start_new_thread = get_original("_thread", "start_new_thread")
 
 
+LINGERS = 5
+
+
 class BatchClosed(RuntimeError):
     """The batch was closed; nothing was done with the item."""
 
@@ -39,6 +42,7 @@ class Batch:
         self._wake = _allocate_lock()
         self._wake.acquire()
         self._idle = False
+        self._told = True  # the submitters of the last batch have their results
         self._closing = False
         self._ended = _allocate_lock()
         self._started = False
@@ -90,13 +94,24 @@ class Batch:
                         if self._closing:
                             return
                         continue
-                if self._linger_s and len(waiting) < self._max_items:
-                    self._sleep(self._linger_s)
+                if self._linger_s:
+                    self._linger()
                 pairs = [waiting.popleft() for _ in range(min(len(waiting), self._max_items))]
-                self._done.append((pairs, self._results([item for item, _ in pairs])))
+                results = self._results([item for item, _ in pairs])
+                self._told = False
+                self._done.append((pairs, results))
                 self._async.send()
         finally:
             self._ended.release()
+
+    def _linger(self) -> None:
+        """Waits for company: a little while, and until those of the last batch have heard, who often come again."""
+        for _ in range(LINGERS):
+            if len(self._waiting) >= self._max_items:
+                return
+            self._sleep(self._linger_s)
+            if self._told:
+                return
 
     def _results(self, items: list[Any]) -> list[Any]:
         try:
@@ -115,6 +130,7 @@ class Batch:
             for (_, waiter), result in zip(pairs, results, strict=True):
                 if waiter is not None:
                     waiter.switch(result)
+        self._told = True
 
     def close(self) -> None:
         """Lets the thread finish what was submitted, then ends it; submitters get their results once the loop runs."""

@@ -34,12 +34,11 @@ def take_line(buffer: bytearray, limit: int, *, normalize: bool = False) -> byte
         raise NoLineEnd
     if end < 0:
         return None
-    line = bytes(buffer[:end + 1])
+    whole = end > 0 and buffer[end - 1] == 13
+    line = bytes(buffer[:end - 1 if whole else end])
     del buffer[:end + 1]
-    if normalize and not line.endswith(b"\r\n"):
-        line = line[:-1] + b"\r\n"
-    if not line.endswith(b"\r\n") or b"\r" in line[:-2]:
+    if b"\r" in line or not (whole or normalize):
         raise BareNewline
-    if len(line) > limit:
+    if len(line) + 2 > limit:
         raise LineTooLong
-    return line[:-2]
+    return line

@@ -8,6 +8,7 @@ caller that answers when nothing was asked. Memory: one command line, or what wa
 from __future__ import annotations
 
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple
 
 from gmta.mail import reply as replies
@@ -156,7 +157,8 @@ class ServerProtocol:
     @property
     def in_data(self) -> bool:
         """True while message octets are expected."""
-        return self._state in (State.DATA, State.CHUNK, State.DROP)
+        state = self._state
+        return state is not State.COMMAND and state in (State.DATA, State.CHUNK, State.DROP)
 
     @property
     def buffered(self) -> int:
@@ -170,7 +172,7 @@ class ServerProtocol:
         if self._queue:
             event: events.Event | None = self._queue.pop(0)
         elif self._state is State.COMMAND:
-            event = self._command()
+            event = self._command() if self._buffer else None
         elif self._state is State.DATA:
             event = self._data()
         elif self._state in (State.CHUNK, State.DROP):
@@ -544,7 +546,8 @@ class ServerProtocol:
     def _hello(self, event: events.Hello) -> bytes:
         if not event.esmtp:
             return Reply(250, None, self.hostname).wire()
-        return Reply(250, None, f"{self.hostname} greets {event.name}"[:200], *self.extensions.keywords()).wire()
+        first = Reply(250, None, f"{self.hostname} greets {event.name}"[:200]).wire()
+        return b"250-" + first[4:] + _keyword_lines(tuple(self.extensions.keywords()))
 
     def _end_transaction(self) -> None:
         self.in_transaction = False
@@ -564,6 +567,12 @@ class ServerProtocol:
         self._end_transaction()
         self._state = State.COMMAND
         self._fresh = True
+
+
+@lru_cache(maxsize=64)
+def _keyword_lines(keywords: tuple[str, ...]) -> bytes:
+    """The EHLO lines behind the first: the same for most sessions."""
+    return Reply(250, None, *keywords).wire()
 
 
 _VERBS = {
