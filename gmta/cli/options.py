@@ -37,3 +37,11 @@ def queue_admin(path: str | None) -> QueueAdmin:
     from gmta.queue.admin import QueueAdmin
 
     return QueueAdmin(os.path.join(load(path).gmta.data_dir, "queue"))
+
+
+def dropped(path: str | None) -> int:
+    """How many messages wait in the maildrop for a server to pick them up."""
+    from gmta.config import load
+    from gmta.queue.maildrop import waiting
+
+    return waiting(load(path).gmta.data_dir)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from gmta.cli import output
-from gmta.cli.options import config_option, json_option, queue_admin
+from gmta.cli.options import config_option, dropped, json_option, queue_admin
 from gmta.cli.output import clean, on_terminal, print_json, size_text, time_text
 
 TABLE_MESSAGES = 500  # a longer list is no table: its columns could only be laid out when all is read
@@ -80,6 +80,9 @@ def list_(ids: tuple[str, ...], domain: str | None, sender: str | None, path: st
         for recipient in row["recipients"]:
             click.echo(f"    {clean(recipient['address'])} {_state(recipient)}")
     count, octets = totals
+    waiting = dropped(path)
+    if waiting:
+        click.echo(f"-- {waiting} more in the maildrop, for the server to pick up")
     click.echo(f"-- {size_text(octets)} in {count} message{'' if count == 1 else 's'}" if count else "The queue is empty")
 
 
@@ -164,13 +167,15 @@ def _not_queued(queue_id: str) -> NoReturn:
 @config_option
 @json_option
 def stats(path: str | None, as_json: bool) -> None:
-    """Counts: messages, octets, recipients by state and by lane."""
-    counts = queue_admin(path).stats()
+    """Counts: messages, octets, recipients by state and by lane, what waits in the maildrop."""
+    counts = queue_admin(path).stats() | {"maildrop": dropped(path)}
     if as_json:
         print_json(counts)
         return
     oldest = counts["oldest"]
     rows = [("messages", str(counts["messages"])), ("size", size_text(counts["octets"]))]
+    if counts["maildrop"]:
+        rows.append(("maildrop", f"{counts['maildrop']} to pick up"))
     if oldest is not None:
         rows.append(("oldest", f"{time_text(oldest)} ({output.age_text(time.time() - oldest)} ago)"))
     rows += [(status, f"{count} recipient{'' if count == 1 else 's'}") for status, count in sorted(counts["recipients"].items())]

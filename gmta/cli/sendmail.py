@@ -402,6 +402,9 @@ def list_queue(options: Options, site: Site) -> None:
         print()
         count += 1
         octets += row["size"]
+    dropped = maildrop.waiting(site.data_dir)
+    if dropped:
+        print(f"({dropped} in the maildrop, for the server to pick up)")
     print(f"-- {(octets + 1023) // 1024} Kbytes in {count} Request{'' if count == 1 else 's'}." if count else "Mail queue is empty")
 
 

@@ -214,3 +214,12 @@ def prepare(data_dir: str, account: pwd.struct_passwd | None = None) -> str:
         if fresh:
             os.chmod(path, mode)
     return directory
+
+
+def waiting(data_dir: str) -> int:
+    """How many messages lie in the maildrop of data_dir, 0 where it is not there. Raises PermissionError."""
+    directory = os.path.join(data_dir, DIRECTORY)
+    try:
+        return sum(name.endswith(COMPLETE) for name in os.listdir(directory)) + len(os.listdir(os.path.join(directory, TAKEN)))
+    except FileNotFoundError:
+        return 0

@@ -20,6 +20,7 @@ from gmta.mail.envelope import HELD, Envelope, RecipientState
 from gmta.mail.message import Message
 from gmta.queue import schema
 from gmta.queue.ids import IdSource
+from gmta.queue.maildrop import prepare
 from gmta.queue.sqlite import SqliteStore
 from gmta.queue.store import Event
 from gmta.services.log import NullLog
@@ -122,10 +123,20 @@ def test_list_has_a_line_for_each_fact_and_one_of_sums(site: Site) -> None:
 def test_an_empty_queue(site: Site) -> None:
     assert site.run("queue", "list").stdout == "The queue is empty\n"
     assert site.json("queue", "list") == []
-    assert site.json("queue", "stats") == {"messages": 0, "octets": 0, "oldest": None, "recipients": {}, "lanes": {}}
+    assert site.json("queue", "stats") == {"messages": 0, "octets": 0, "oldest": None, "recipients": {}, "lanes": {}, "maildrop": 0}
     assert site.json("queue", "delete", "--all") == {"changed": 0}
     site.run("queue", "delete", "0123456789ABCDEF", status=1)
     site.run("queue", "delete", status=2)
+
+
+def test_what_waits_in_the_maildrop_is_told(site: Site) -> None:
+    (site.directory / "var").mkdir()
+    maildrop = Path(prepare(str(site.directory / "var")))
+    for name in ("1K8919P2I00H1996.mail", "1K8919P2I00H1997.tmp", "taken/1K8919P2I00H1998"):
+        (maildrop / name).write_bytes(b"")
+    assert site.run("queue", "list").stdout == "-- 2 more in the maildrop, for the server to pick up\nThe queue is empty\n"
+    assert site.json("queue", "stats")["maildrop"] == 2
+    assert "maildrop: 2 to pick up\n" in site.run("queue", "stats").stdout
 
 
 def test_messages_of_all_shards_are_listed_by_age(site: Site) -> None:
@@ -156,7 +167,7 @@ def test_show_cat_and_stats(site: Site) -> None:
     for command in ("show", "cat"):
         assert "is not queued" in site.run("queue", command, "0123456789ABCDEF", status=1).stderr
     counts = site.json("queue", "stats")
-    assert counts == {"messages": 1, "octets": 20, "oldest": START, "recipients": {"queued": 1}, "lanes": {"outbound:one.test": 1}}
+    assert counts == {"messages": 1, "octets": 20, "oldest": START, "recipients": {"queued": 1}, "lanes": {"outbound:one.test": 1}, "maildrop": 0}
     said = site.run("queue", "stats").stdout
     assert "messages: 1\nsize: 20 B\n" in said and "queued: 1 recipient\nlane outbound:one.test: 1 waiting\n" in said
 
