@@ -137,7 +137,7 @@ def _domains(text: str) -> Iterable[str]:
         angle = None
 
     position, depth = 0, 0
-    comments = _balanced(text)
+    comments = "(" in text and _balanced(text)
     while position < len(text):
         match = (_IN_COMMENT if depth else _TOKEN).match(text, position)
         assert match is not None  # both end in "any character"

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from gmta.testing import Played, run
+from gmta.services.dns import Answer, Status
+from gmta.testing import Played, load_plugin, make_message, make_services, make_session, make_transaction, run
 from gmta.testing.zone import Zone
+from gmta.verify import MAX_QUERIES, MAX_SECONDS, Lookups
 
 PLUGINS = ["spf", "dkim_verify", "arc", "dmarc"]
 ZONE: dict[str, Any] = {
@@ -65,3 +67,53 @@ def test_refused_and_quarantined() -> None:
 @pytest.mark.parametrize("author", ["a@nothing.example", "a@[192.0.2.1]"])
 def test_without_policy(author: str) -> None:
     assert " dmarc=" in results(played(author, "250"))[0]
+
+
+# --- hostile DNS ------------------------------------------------------------------------------------------------
+
+SIGNATURES = "".join(f"DKIM-Signature: v=1; a=rsa-sha256; d=d{number}.deep.example; s=s; h=from; bh=AAAA; b=AAAA\n" for number in range(50))
+DEEP = "a.b.c.d.e.f.g.h.i.j.k.l.m.n.deep.example"
+HOSTILE: dict[str, dict[str, Any]] = {
+    "includes": {"deep.example": {"TXT": ["v=spf1 " + " ".join(f"include:i{number}.deep.example" for number in range(100)) + " -all"]},
+                 "*.deep.example": {"TXT": ["v=spf1 ?all"]}},
+    "void": {"deep.example": {"TXT": ["v=spf1 " + " ".join(f"a:n{number}.deep.example" for number in range(100)) + " -all"]}},
+    "exchangers": {"deep.example": {"TXT": ["v=spf1 " + " ".join(f"mx:m{number}.deep.example" for number in range(10)) + " -all"]},
+                   "*.deep.example": {"MX": [(number, f"h{number}.deep.example") for number in range(10)], "A": ["198.51.100.1"]}},
+    "large": {"deep.example": {"TXT": ["v=spf1 " + "a:" + "x." * 30000 + " -all"]}, "*.deep.example": {"TXT": ["v=DMARC1; p=reject;" + "x=y;" * 14000] * 2}},
+}
+
+
+def judged(resolver: Any, transaction: Any = None) -> Any:
+    """The transaction of a hostile message after all plugins."""
+    services = make_services(resolver=resolver)
+    transaction = transaction or make_transaction("a@deep.example")
+    session, message = make_session(helo="x.deep.example"), make_message(f"{SIGNATURES}From: a@{DEEP}\n\nx\n")
+    spf, *others = (load_plugin(name, services) for name in PLUGINS)
+    spf.check_mail(session, transaction)
+    for plugin in others:
+        plugin.check_message(session, transaction, message)
+    return transaction
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_message_costs_thirty_questions_at_most(name: str) -> None:
+    zone = Zone(HOSTILE[name])
+    methods = {found.method for found in judged(zone).auth_results}
+    assert len(set(zone.asked)) == len(zone.asked) <= MAX_QUERIES
+    assert {"spf", "dkim", "dmarc"} <= methods
+
+
+def test_dead_name_servers_cost_twenty_seconds_at_most() -> None:
+    class Dead:
+        seconds = 0.0
+
+        def look_up(self, name: str, kind: str, *, timeout_s: float | None = None) -> Answer:
+            assert timeout_s is not None
+            self.seconds += min(5.0, timeout_s)
+            return Answer(name, kind, Status.TEMPORARY, reason="no answer in time")
+
+    dead = Dead()
+    transaction = make_transaction("a@deep.example")
+    transaction.notes["lookups"] = Lookups(dead, clock=lambda: dead.seconds)
+    assert {found.result for found in judged(dead, transaction).auth_results if found.method != "arc"} == {"temperror"}
+    assert dead.seconds == MAX_SECONDS
