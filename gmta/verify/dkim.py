@@ -42,6 +42,8 @@ from gmta.verify.canonical import BodyHash, Header, hash_body, relaxed_field, wi
 MAX_SIGNATURES = 10  # judged; the others are named and left
 MAX_PARSED = 100  # looked into, to find those ten
 MAX_FIELD = 64 * 1024  # octets of one signature field; z= may hold a copy of the header
+MAX_TAGS = 100  # of a signature or key record
+MAX_COPIES = 100  # of z= compared
 MAX_NAMES = 2000  # in h=: more than a header may have fields
 MAX_RECORDS = 5  # key records tried where a selector has several (RFC 6376 section 6.1.2)
 MIN_BITS, MAX_BITS = 1024, 4096  # RFC 8301 section 3.2
@@ -290,6 +292,8 @@ class Key:
 
 def parse_tags(value: bytes) -> dict[bytes, bytes]:
     """A tag list (RFC 6376 section 3.2), still folded, by dkimpy's parser; raises Fault."""
+    if value.count(b";") > MAX_TAGS:
+        raise Fault("policy", f"over {MAX_TAGS} tags")
     if b"\n" in value:
         value = value.replace(b"\r\n", b"").replace(b"\n", b"")
     if _CONTROL.search(value) is not None:  # the parser strips some of them
@@ -465,11 +469,14 @@ class Trial:
 def _changed(header: Header, signature: Signature) -> list[str]:
     """Names of the fields whose copy in z= (RFC 6376 section 3.5) is not in the message."""
     changed = []
-    for copy in signature.tags.get(b"z", b"").translate(None, b" \t").split(b"|")[:MAX_NAMES]:
+    there: dict[bytes, set[bytes]] = {}
+    for copy in signature.tags.get(b"z", b"").translate(None, b" \t").split(b"|")[:MAX_COPIES]:
         name, _, text = copy.partition(b":")
         name = name.lower()
+        if name not in there:
+            there[name] = {header.canonical(place, True) for place in header.places(name)}
         told = relaxed_field(name, _QUOTED.sub(lambda match: bytes([int(match[1], 16)]), text))
-        if name in signature.names and told not in [header.canonical(place, True) for place in header.places(name)]:
+        if name in signature.names and told not in there[name]:
             changed.append(name.decode("ascii", "replace"))
     return changed
 

@@ -480,6 +480,7 @@ def test_questions_and_their_time_are_bounded() -> None:
 
 def test_huge_signature_fields() -> None:
     assert one(made("n=" + "x" * 70000)) == ("policy", "signature field over 65536 octets")
+    assert one(made(";".join(f"n{number}=1" for number in range(100)))) == ("policy", "over 100 tags")
     assert one(made(names="from:" + ":".join("x" * 2001))) == ("policy", "h= has over 2000 names")
 
 
