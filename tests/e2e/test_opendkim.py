@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import smtplib
 import subprocess
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 from gmta.mail.message import Message
 from gmta.verify.dkim import verify
 from gmta.verify.signing import SigningKey
-from tests.e2e.conftest import DEADLINE_S, program
-from tests.engine.test_verify_dkim import ED, PLAIN, RSA, messages, pem, signed, zone
+from tests.e2e.conftest import DEADLINE_S, Gmta, program
+from tests.engine.test_verify_dkim import ED, PLAIN, RSA, messages, pem, signed, write, zone
 
 pytestmark = pytest.mark.e2e
 
@@ -93,3 +94,61 @@ def test_we_verify_generated_messages(tmp_path: Path, raws: list[bytes], canonic
     for raw in sign_by_opendkim(tmp_path, RSA, canonicalization, raws):
         (result,) = verify(Message.from_bytes(raw), zone(RSA), now=9e9)
         assert result.result == "pass", (raw, result.steps)
+
+
+# --- through a running server ---------------------------------------------------------------------------------------
+
+ODD = PLAIN.replace(b"Subject: Hello", "Subject: Grüße =?utf-8?q?x?=\r\n\tfolded  twice".encode()) + b".\r\n..dots\r\n\xff\xfe \t \r\n" + b"x" * 3000 + b"\r\n\r\n"
+
+
+def serve(gmta: Gmta, relay_from: str, dns: str) -> None:
+    for key in (RSA, ED):
+        write(gmta.directory / f"etc/dkim/{key.domain}/{key.selector}.pem", pem(key))
+    gmta.serve(f"""
+[gmta]
+hostname = mx.example.test
+workers = 1
+log_file = gmta.log
+[listener:mx]
+address = 127.0.0.1:{gmta.port}
+[domains]
+local = example.test
+relay_from = {relay_from}
+[plugins]
+enable = mailboxes, access, dkim_verify, arc, dkim_sign
+[plugin:mailboxes]
+accept = any
+[transport:mailbox]
+type = maildir
+path = var/mail/{{domain}}/{{local}}
+[route]
+* = mailbox
+[dns]
+servers = {dns}
+""")
+
+
+def passed_on(gmta: Gmta, raw: bytes) -> bytes:
+    """The message as it is delivered."""
+    with smtplib.SMTP("127.0.0.1", gmta.port, timeout=DEADLINE_S) as client:
+        client.sendmail("alice@example.com", ["bob@example.test"], raw, mail_options=["BODY=8BITMIME"])
+    (file,) = gmta.arrived("bob")
+    return re.sub(rb"(?<!\r)\n", b"\r\n", file.read_bytes())
+
+
+def test_what_a_running_server_signs(gmta: Gmta, tmp_path: Path) -> None:
+    with zone(RSA, ED).serve() as server:
+        serve(gmta, "127.0.0.0/8", server.address)
+        raw = passed_on(gmta, ODD)
+    assert raw.count(b"\r\nDKIM-Signature:") == 2
+    assert verdicts(tmp_path, [raw]) == [["pass", "pass"]]
+
+
+def test_what_opendkim_signed_is_judged_and_passed_on_unchanged(gmta: Gmta, tmp_path: Path) -> None:
+    (raw,) = sign_by_opendkim(tmp_path, RSA, "simple/simple", [ODD])
+    with zone(RSA, ED).serve() as server:
+        serve(gmta, "192.0.2.0/24", server.address)
+        arrived = passed_on(gmta, raw)
+    assert re.search(rb"Authentication-Results: mx\.example\.test;\s+dkim=pass [^;]*header\.d=example\.com", arrived), arrived[:1000]
+    assert arrived.endswith(raw)
+    assert verdicts(tmp_path, [arrived]) == [["pass"]]
