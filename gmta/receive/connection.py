@@ -78,8 +78,9 @@ class Connection:
                 self.session.peer_name = self._pipeline.services.resolver.reverse_name(self.session.peer_ip)
             refusal = self._reception.connected()
             if refusal is not None:
+                reason = "refused"
                 self._last_word(refusal)
-                return "refused"
+                return reason
             self._out.append(Reply(220, None, f"{self._pipeline.hostname} ESMTP gmta").wire())
             reason = self._talk(self._new_protocol())
         except Hangup as over:
@@ -137,6 +138,7 @@ class Connection:
                 reception.body(event.data)
                 continue
             self.busy = True
+            self._phase_ends = 0.0  # the next command has a deadline of its own, even where its first octets came with this one
             if type(event) is events.Mail and self._limits.draining:
                 reply, close = replies.SHUTTING_DOWN, True  # RFC 5321 section 3.8
             elif type(event) is events.Fault:
@@ -193,11 +195,14 @@ class Connection:
             wait_s, size = limits.data_rate_after, RECEIVE_DATA  # to look at the rate again
         else:
             wait_s, size = limits.command_timeout_pressure if self._limits.pressed else limits.command_timeout, RECEIVE
-            if self._data_since or not protocol.buffered:
+            if self._data_since or not self._phase_ends or not protocol.buffered:
                 self._data_since, self._phase_ends = 0.0, now + wait_s
         if self._cut is None:
             self.deadline = min(now + wait_s, self._phase_ends)
-            data: bytes = self._socket.recv(size)
+            try:
+                data: bytes = self._socket.recv(size)
+            except TimeoutError:  # from expire
+                data = b""
             self.deadline = NEVER
             if data:
                 self._data_octets += len(data)
@@ -218,19 +223,22 @@ class Connection:
         """The wait for the socket has taken too long: ends it, or grants more to a message that comes fast enough."""
         now = self._clock()
         if self._writing:
-            how = socket.SHUT_RDWR
-        elif now >= self._phase_ends:
-            self._cut, how = replies.TIMED_OUT, socket.SHUT_RD
+            self.deadline = NEVER
+            try:
+                self._socket._sock.shutdown(socket.SHUT_RDWR)  # below TLS and gevent
+            except OSError:
+                pass
+            return
+        if now >= self._phase_ends:
+            self._cut = replies.TIMED_OUT
         elif self._slow(now):
-            self._cut, how = replies.TOO_SLOW, socket.SHUT_RD
+            self._cut = replies.TOO_SLOW
         else:
             self.deadline = min(now + self._pipeline.config.limits.data_rate_after, self._phase_ends)
             return
         self.deadline = NEVER
-        try:
-            self._socket._sock.shutdown(how)  # below TLS and gevent: the greenlet that waits sees the end of the stream
-        except OSError:
-            pass
+        # Not by shutting the socket: TLS would take that for a broken stream, and could not say the last word
+        gevent.get_hub().cancel_wait(self._socket._read_event, TimeoutError())
 
     def _flush(self) -> None:
         data = b"".join(self._out)

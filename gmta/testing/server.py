@@ -11,7 +11,7 @@ import contextlib
 import random
 import socket
 import ssl
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,6 +27,7 @@ from gmta.queue.ids import IdSource
 from gmta.receive.connection import Connection
 from gmta.receive.limits import ConnectionLimits
 from gmta.receive.pipeline import Pipeline
+from gmta.services.deadlines import NEVER
 from gmta.testing import stand_in
 from gmta.testing.dialogue import GREETING, Close, Dialogue, Eof, Expect, Judge, Send, StartTls, Wait
 from gmta.testing.fakes import FakeClock, MemoryLog, MemoryStore, ini_text, load_module, make_config, make_services
@@ -96,6 +97,7 @@ class _Player:
         self._waited_s = 0.0
         self._line = dialogue.steps[0].line
         self.connection: Any = None
+        self._read_event = None  # what a deadline ends the wait for
         self.shut = False  # the server says no more
         self.deaf = False  # it hears no more
         self.left = False  # the client is gone
@@ -172,6 +174,7 @@ class _Player:
             self._waited_s += deadline - self._clock.now
             self._clock.now = deadline
             self.connection.expire()
+            self.deaf = self.connection.deadline == NEVER
         else:
             self._clock.now = until
             self._waited_s = 0.0
@@ -195,14 +198,8 @@ class _Player:
         """Nothing."""
 
     def shutdown(self, how: int) -> None:
-        """The server has said, or heard, its last."""
+        """The server has said its last."""
         self.shut = self.shut or how != socket.SHUT_RD
-        self.deaf = self.deaf or how != socket.SHUT_WR
-
-    @property
-    def _sock(self) -> _Player:
-        """What is below TLS and gevent."""
-        return self
 
     def close(self) -> None:
         """The same."""
@@ -278,7 +275,7 @@ class MemoryServer:
         config.plugins = config.plugins.model_copy(update={"enable": enable})
         found.append(FoundPlugin(STAND_IN, "gmta.testing", lambda: stand_in))
         self.plugins = _Plugins(found, config, self.services, self.log)
-        self._serial = 0
+        self.limits = ConnectionLimits(config.limits, config.domains.relay_from)
 
     @property
     def keywords(self) -> list[str]:
@@ -288,20 +285,11 @@ class MemoryServer:
     def play(self, dialogue: Dialogue | str | Path, chunking: str = WHOLE, seed: int = 7, *, store: MemoryStore | None = None) -> Played:
         """Plays one dialogue on a connection of its own; raises DialogueFailed.  store: default one that is empty."""
         dialogue = read(dialogue)
-        listener = self.config.listeners[dialogue.listener]
         queue = store or MemoryStore()
         accepted: list[tuple[Envelope, bytes]] = []
-
-        def accept(envelope: Envelope, message: Message) -> None:
-            accepted.append((envelope, b"".join(message.chunks())))
-
-        pipeline = Pipeline(self.config, self.plugins, queue, self.services, IdSource(self.clock, "TESTS"), accept)
-        limits = ConnectionLimits(self.config.limits, self.config.domains.relay_from)
-        session = Session("s1", role=listener.role, listener=dialogue.listener, peer_ip=self.peer_ip, peer_port=40000,
-                          relay_network=limits.is_relay_network(self.peer_ip), opened_at=self.clock())
         player = _Player(dialogue, chunking, random.Random(seed), self.clock)
-        tls = player if self._tls and listener.tls != "off" else None
-        connection = Connection(player, session, listener, pipeline, tls, limits)
+        connection = self.connect(player, dialogue.listener, tls=player if self._tls else None, store=queue,
+                                  accept=lambda envelope, message: accepted.append((envelope, b"".join(message.chunks()))))
         player.connection = connection
         try:
             reason = connection.run(True)
@@ -310,7 +298,16 @@ class MemoryServer:
         finally:
             if store is None:
                 queue.close()
-        return Played(player.judge.replies, player.judge.octets, accepted, reason, session, self.log)
+        return Played(player.judge.replies, player.judge.octets, accepted, reason, connection.session, self.log)
+
+    def connect(self, sock: Any, listener: str = "mx", *, tls: Any = None, store: MemoryStore | None = None,
+                accept: Callable[[Envelope, Message], None] = lambda envelope, message: None) -> Connection:
+        """A connection on any socket, not begun. tls: context for STARTTLS.  accept: takes what was queued."""
+        role = self.config.listeners[listener]
+        session = Session("s1", role=role.role, listener=listener, peer_ip=self.peer_ip, peer_port=40000,
+                          relay_network=self.limits.is_relay_network(self.peer_ip), opened_at=self.clock())
+        pipeline = Pipeline(self.config, self.plugins, store or MemoryStore(), self.services, IdSource(self.clock, "TESTS"), accept)
+        return Connection(sock, session, role, pipeline, None if role.tls == "off" else tls, self.limits)
 
     def close(self) -> None:
         """Ends what plugins and services have started."""
