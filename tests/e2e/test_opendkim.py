@@ -6,9 +6,12 @@ opendkim runs in its test mode, without network: keys come from a file (`TestPub
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import smtplib
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 from gmta.mail.message import Message
 from gmta.verify.dkim import verify
 from gmta.verify.signing import SigningKey
-from tests.e2e.conftest import DEADLINE_S, Gmta, program
+from tests.e2e.conftest import DEADLINE_S, Gmta, free_port, listens, program, until
 from tests.engine.test_verify_dkim import ED, PLAIN, RSA, messages, pem, signed, write, zone
 
 pytestmark = pytest.mark.e2e
@@ -128,9 +131,9 @@ servers = {dns}
 """)
 
 
-def passed_on(gmta: Gmta, raw: bytes) -> bytes:
+def passed_on(gmta: Gmta, raw: bytes, port: int = 0) -> bytes:
     """The message as it is delivered."""
-    with smtplib.SMTP("127.0.0.1", gmta.port, timeout=DEADLINE_S) as client:
+    with smtplib.SMTP("127.0.0.1", port or gmta.port, timeout=DEADLINE_S) as client:
         client.sendmail("alice@example.com", ["bob@example.test"], raw, mail_options=["BODY=8BITMIME"])
     (file,) = gmta.arrived("bob")
     return re.sub(rb"(?<!\r)\n", b"\r\n", file.read_bytes())
@@ -152,3 +155,74 @@ def test_what_opendkim_signed_is_judged_and_passed_on_unchanged(gmta: Gmta, tmp_
     assert re.search(rb"Authentication-Results: mx\.example\.test;\s+dkim=pass [^;]*header\.d=example\.com", arrived), arrived[:1000]
     assert arrived.endswith(raw)
     assert verdicts(tmp_path, [arrived]) == [["pass"]]
+
+
+@contextmanager
+def child(*command: str, port: int) -> Iterator[None]:
+    """A program that listens on a port, ended behind it."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: process.poll() is None and listens(port), f"{command[0]} on its port")
+        yield
+    finally:
+        process.terminate()
+        process.wait(DEADLINE_S)
+
+
+@contextmanager
+def postfix(directory: Path, port: int, next_port: int, milter_port: int) -> Iterator[None]:
+    """Postfix with the milter, which relays everything to the next port."""
+    config = directory / "conf"
+    for path, owner in ((config, 0), (directory / "queue", 0), (directory / "data", pwd.getpwnam("postfix").pw_uid)):
+        path.mkdir()
+        os.chown(path, owner, -1)
+    daemons = subprocess.run([program("postconf"), "-h", "daemon_directory"], capture_output=True, text=True, check=True).stdout.strip()
+    (config / "main.cf").write_text(f"""
+compatibility_level = 3.6
+queue_directory = {directory}/queue
+data_directory = {directory}/data
+daemon_directory = {daemons}
+mail_owner = postfix
+setgid_group = postdrop
+myhostname = relay.example.net
+mydestination =
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+mynetworks = 127.0.0.0/8
+alias_maps =
+relayhost = [127.0.0.1]:{next_port}
+smtp_dns_support_level = disabled
+smtp_host_lookup = native
+smtpd_milters = inet:127.0.0.1:{milter_port}
+milter_default_action = tempfail
+maillog_file = {directory}/log
+maillog_file_prefixes = {directory}
+""")
+    services = [f"127.0.0.1:{port} inet n - n - - smtpd", "cleanup unix n - n - 0 cleanup", "qmgr unix n - n 300 1 qmgr",
+                "rewrite unix - - n - - trivial-rewrite", "bounce unix - - n - 0 bounce", "defer unix - - n - 0 bounce",
+                "trace unix - - n - 0 bounce", "verify unix - - n - 1 verify", "smtp unix - - n - - smtp", "relay unix - - n - - smtp",
+                "error unix - - n - - error", "retry unix - - n - - error", "anvil unix - - n - 1 anvil", "proxymap unix - - n - - proxymap",
+                "postlog unix-dgram n - n - 1 postlogd"]
+    (config / "master.cf").write_text("\n".join(services) + "\n")
+    subprocess.run([program("postfix"), "-c", str(config), "check"], check=True, capture_output=True)
+    with child(f"{daemons}/master", "-c", str(config), "-d", port=port):
+        yield
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="Postfix needs root")
+@pytest.mark.parametrize("canonicalization", ["relaxed/relaxed", "simple/simple"])
+def test_signed_by_opendkim_relayed_by_postfix_and_gmta(gmta: Gmta, directory: Path, canonicalization: str) -> None:
+    """opendkim as Postfix's milter; the signature verifies where gmta delivers."""
+    port, milter_port = free_port(), free_port()
+    key, config = directory / "key.pem", directory / "opendkim.conf"
+    write(key, pem(RSA))
+    config.write_text(f"Syslog no\nRequireSafeKeys no\nUserID root\nMode s\nDomain example.com\nSelector sel\nKeyFile {key}\n"
+                      f"Canonicalization {canonicalization}\nOversignHeaders From\nSignatureAlgorithm rsa-sha256\n")
+    with zone(RSA, ED).serve() as server, \
+            child(program("opendkim"), "-f", "-x", str(config), "-p", f"inet:{milter_port}@127.0.0.1", port=milter_port), \
+            postfix(directory, port, gmta.port, milter_port):
+        serve(gmta, "192.0.2.0/24", server.address)
+        arrived = passed_on(gmta, ODD.replace(b"x" * 3000, b"x" * 900), port)
+    assert re.search(rb"Authentication-Results: mx\.example\.test;\s+dkim=pass [^;]*header\.s=sel", arrived), arrived[:1500]
+    (result,) = verify(Message.from_bytes(arrived), zone(RSA), now=9e9)
+    assert result.result == "pass", result.steps
