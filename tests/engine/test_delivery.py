@@ -22,17 +22,10 @@ from gmta.queue.ids import IdSource
 from gmta.queue.sqlite import SqliteStore
 from gmta.queue.store import Settlement, StoreError
 from gmta.services.log import NullLog
+from gmta.testing import FakeClock
 
 START = 1_800_000_000.0
 MESSAGE = Message.from_bytes(b"Subject: x\r\n\r\nbody\r\n")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = START
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class FakePlugins:
@@ -72,7 +65,7 @@ class World:
 
     def __init__(self, directory: Path, transport: Any, *, hooks: dict[str, Callable[..., Any]] | None = None,
                  route: dict[str, str] | None = None, window: int = 1000, store: Any = None, concurrency: str = "5") -> None:
-        self.clock = Clock()
+        self.clock = FakeClock(START)
         self.ids = IdSource(self.clock, "AAAAA")
         self.store = store or SqliteStore(str(directory), instance_tag="AAAAA", log=NullLog(), clock=self.clock, message_limit=1000)
         self.transport = transport

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from gmta.config import name_server
 from gmta.services.dns import TTL_TEMPORARY_S, Answer, Resolver, Status, name_text, reverse_query, texts, wire_name
-from gmta.testing import Dialogue, MemoryServer
+from gmta.testing import Dialogue, FakeClock, MemoryServer
 from gmta.testing.zone import NameServer, Zone
 
 Respond = Callable[[dns.message.Message, bool], Any]
@@ -40,14 +40,6 @@ RECORDS = {
     "xn--mnchen-3ya.example.org": {"A": "192.0.2.5"},
     "*.wild.example.org": {"A": "192.0.2.6"},
 }
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Script:
@@ -226,7 +218,7 @@ def test_names_of_any_octets_survive_text(labels: list[bytes]) -> None:
 
 
 def test_aliases_in_one_answer() -> None:
-    clock = Clock()
+    clock = FakeClock()
     zone = Zone(RECORDS, clock=clock)
     answer = zone.look_up("alias.example.org", "A")
     assert (answer.canonical, answer.records[0].address, answer.expires_at) == ("four.example.org", "192.0.2.4", clock.now + 30)
@@ -270,7 +262,7 @@ def test_endless_aliases(script: Callable[[Respond], Script], answer: list[str])
 
 def asked_twice(script: Callable[[Respond], Script], respond: Respond, name: str, kept_s: float) -> Answer:
     """Checks that an answer is kept for so long and no longer."""
-    server, clock = script(respond), Clock()
+    server, clock = script(respond), FakeClock()
     resolver = Resolver([server.server.address], clock=clock)
     answer = resolver.look_up(name, "A")
     clock.now += kept_s - 0.1

@@ -16,16 +16,7 @@ from gmta.hookspecs import HOOKS
 from gmta.mail.reply import OK
 from gmta.mail.verdict import Kind, Verdict, delivered
 from gmta.plugins import PluginFailure, PluginManager
-
-
-class Log:
-    def __init__(self) -> None:
-        self.lines: list[tuple[str, dict[str, Any]]] = []
-
-    def error(self, event: str, /, **fields: Any) -> None:
-        self.lines.append((event, fields))
-
-    info = debug = warning = error
+from gmta.testing import MemoryLog
 
 
 class World:
@@ -33,7 +24,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.log = Log()
+        self.log = MemoryLog()
         self.extra = ""
         (folder / "own").mkdir()
 
@@ -124,7 +115,7 @@ def test_a_broken_plugin_defers_and_is_named(world: World, hook: str, how: str) 
         assert (result.kind, result.reply.code, result.reply.enhanced) == (Kind.DEFER, 451, "4.3.0")
     else:
         assert result == ([] if hook.startswith("get_") else None)
-    (event, fields), = world.log.lines
+    (_, event, fields), = world.log.lines
     assert (event, fields["plugin"], fields["hook"]) == ("plugin failed", "broken", hook)
     if reason is None:
         assert fields["reason"]
@@ -144,7 +135,7 @@ def test_on_error_ignore_goes_on_as_if_nothing_were_said(world: World, hook: str
         assert result.header == b"Subject: x\r\n"
     else:
         assert result == ([] if kind == "get" else None)
-    assert [event for event, _ in world.log.lines] == ["plugin failed"]
+    assert [event for _, event, _ in world.log.lines] == ["plugin failed"]
 
 
 @pytest.mark.parametrize(("body", "reason"), [
@@ -170,14 +161,14 @@ def test_a_verdict_that_does_not_fit_defers(world: World, hook: str, body: str, 
     world.hook("broken", hook, body)
     result = call(world.start("broken"), hook)
     assert (result.kind, result.reply.code) == (Kind.DEFER, 451)
-    assert world.log.lines[0][1]["reason"] == reason
+    assert world.log.lines[0][2]["reason"] == reason
 
 
 @pytest.mark.parametrize("hook", ["get_headers", "get_signatures"])
 def test_a_field_that_would_make_a_second_one_is_refused(world: World, hook: str) -> None:
     world.hook("broken", hook, "return [('X-A', 'a\\r\\nBcc: b@example.test')]")
     assert call(world.start("broken"), hook) == [] or hook == "get_signatures"
-    assert world.log.lines[0][1]["reason"] == "field 'X-A' can't be written"
+    assert world.log.lines[0][2]["reason"] == "field 'X-A' can't be written"
 
 
 def test_a_failure_of_one_does_not_hide_the_objection_before_it(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from pathlib import Path
@@ -238,6 +239,19 @@ def test_a_plugin_by_name_by_path_and_with_wrong_keys(tmp_path: Path) -> None:
                    "    @hookimpl\n    def check_connect(self, session): return disconnect(f'Not at {self.services.clock():.0f}')\n")
     assert load_plugin(own, make_services(clock=FakeClock(5))).check_connect(session).reply.text == "Not at 5"
     run(own, "S: 421 4.7.0 Not at *\nEOF\n")
+
+
+def test_the_examples_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs/testing.md").read_text()
+    plugin, *tests = re.findall(r"```python\n(.*?)```", text, re.S)
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins/nospam.py").write_text(plugin)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for code in tests:
+        exec(compile(code, "docs/testing.md", "exec"), names)
+    called = [names[name]() for name in names if name.startswith("test_")]
+    assert len(called) == 3
 
 
 def test_values() -> None:

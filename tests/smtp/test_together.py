@@ -18,6 +18,7 @@ from gmta.smtp.client import ClientProtocol
 from gmta.smtp.data import Stuffer
 from gmta.smtp.lines import ProtocolError
 from gmta.smtp.server import Bounds, Extensions, ServerProtocol
+from gmta.testing.dialogue import Replies
 
 POSITIVE: dict[type, Reply] = {
     events.Mail: replies.MAIL_OK, events.Rcpt: replies.RCPT_OK, events.Data: replies.START_MAIL_INPUT, events.Quit: replies.CLOSING,
@@ -242,6 +243,7 @@ def served(pieces: Sequence[bytes], moods: Sequence[int], size: int, normalize: 
 @given(said=SAID, cuts=CUTS, moods=st.lists(st.sampled_from([9, 9, 9, 9, 9, 5, 0, 1]), min_size=1, max_size=6), size=st.sampled_from([0, 100]), normalize=st.booleans())
 def test_any_octets_mean_the_same_however_they_are_cut(said: bytes, cuts: list[int], moods: list[int], size: int, normalize: bool) -> None:
     whole = served([said], moods, size, normalize)
+    Replies().feed(whole[1])  # raises where one is malformed
     assert served(cut(said, cuts), moods, size, normalize) == whole
     assert served(cut(said, [1]), moods, size, normalize) == whole
 
