@@ -47,9 +47,11 @@ class Plugin:
         if session.trusted and not self._config.trusted:
             return None
         services = self._services
-        results = verify(message, lookups_of(transaction, services.resolver).leaving(RESERVED), now=services.clock(),
-                         max_signatures=services.config.limits.dkim_signatures, author_domains=authors_of(message.values("From")).domains,
-                         trust_length=self._config.trust_length, heavy=self._heavy)
+        most = services.config.limits.dkim_signatures
+        # whose come first matters only where there are too many
+        authors = authors_of(message.values("From")).domains if message.header.lower().count(b"dkim-signature") > most else ()
+        results = verify(message, lookups_of(transaction, services.resolver).leaving(RESERVED), now=services.clock(), max_signatures=most,
+                         author_domains=authors, trust_length=self._config.trust_length, heavy=self._heavy)
         judged = [result for result in results if result.result != "neutral"]  # one a signature: not those past the bound
         transaction.auth_results += [_auth_result(result) for result in judged] or [AuthResult("dkim", "none")]
         if len(judged) < len(results):
