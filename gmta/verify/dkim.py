@@ -439,19 +439,15 @@ class Trial:
         body = hashes[signature.body_relaxed]
         length = signature.length
         digest = body.digest if length is None else body.digests.get(length)
-        names = "signature"
         if digest is None:
             self.steps.append(f"body: {body.length} octets, l= says {length}")
-            if self.header_fault is None:
-                raise Fault("permerror", "l= is past the end of the body")  # RFC 6376 section 3.5
-            raise self.header_fault
+            raise self.header_fault or Fault("permerror", "l= is past the end of the body")  # RFC 6376 section 3.5
         same = digest == signature.body_hash
         self.steps.append(f"body: {body.length if length is None else length} of {body.length} octets hash to {_shown(digest)}, "
                           + ("as bh= says" if same else f"bh= is {_shown(signature.body_hash)}"))
-        if not same:
-            names = "body hash" if self.header_fault is None else "signature and body hash"
-        if not same or self.header_fault is not None:
-            raise Fault("fail", f"{names} did not verify")
+        wrong = [what for what, good in (("signature", self.header_fault is None), ("body hash", same)) if not good]
+        if wrong:
+            raise Fault("fail", f"{' and '.join(wrong)} did not verify")
 
     def result(self, reason: str = "") -> DkimResult:
         """What it came to."""
