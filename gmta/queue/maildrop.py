@@ -93,16 +93,20 @@ class Drop:
 
 
 def _text(data: dict[str, Any], name: str) -> str:
-    value = data.get(name, "")
-    if not isinstance(value, str):
-        raise BadDrop(f"{name} is no text")
-    return value
+    return _checked(data.get(name, ""), name)
 
 
 def _texts(data: dict[str, Any], name: str) -> list[str]:
     value = data.get(name, [])
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise BadDrop(f"{name} is no list of texts")
+    if not isinstance(value, list):
+        raise BadDrop(f"{name} is no list")
+    return [_checked(one, name) for one in value]
+
+
+def _checked(value: Any, name: str) -> str:
+    """A text of the envelope; JSON can hold lone surrogates, which nothing else takes."""
+    if not isinstance(value, str) or any("\ud800" <= char <= "\udfff" for char in value):
+        raise BadDrop(f"{name} is no text")
     return value
 
 
