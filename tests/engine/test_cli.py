@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gmta.cli import COMMANDS, main
+from gmta.cli.queue import queue
 from gmta.cli.output import age_text, clean, size_text, time_text, value_text
 from gmta.mail.address import Address
 from gmta.mail.envelope import HELD, Envelope, RecipientState
@@ -298,6 +299,12 @@ def test_version_and_help() -> None:
     said = runner.invoke(main, ["--help"]).output
     assert all(f"\n  {name} " in said for name in COMMANDS)
     assert runner.invoke(main, ["nonsense"]).exit_code == 2
+
+
+def test_every_command_is_documented() -> None:
+    docs = (Path(__file__).parents[2] / "docs/commands.md").read_text()
+    assert all(f"    gmta {name} " in docs for name in COMMANDS if name != "queue")
+    assert all(f"    gmta queue {name} " in docs for name in queue.commands)
 
 
 def test_a_command_imports_only_what_it_needs(site: Site) -> None:
