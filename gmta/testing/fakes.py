@@ -21,7 +21,7 @@ from gmta.mail.address import Address
 from gmta.mail.envelope import DELIVERED, FAILED, QUEUED, Envelope, RecipientState
 from gmta.mail.message import FileBody, Message
 from gmta.mail.session import Recipient, Session, TlsInfo, Transaction
-from gmta.plugins import BUNDLED, find
+from gmta.plugins import find
 from gmta.queue.store import Event, Settlement, StoreError, StoreFull
 from gmta.services import Services
 from gmta.services.log import Log
@@ -315,7 +315,3 @@ def load_plugin(name: str | Path, services: Services | None = None, **keys: Any)
     kind = Path(name).stem
     section = Section(f"plugin:{kind}", values={key: ini_text(value) for key, value in keys.items()})
     return module.Plugin(services.config.validate(getattr(module, "Config", PluginConfig), section), services)
-
-
-__all__ = ["BUNDLED", "START_AT", "FakeClock", "MemoryLog", "MemoryStore", "ini_text", "load_module", "load_plugin", "make_config",
-           "make_envelope", "make_file_message", "make_message", "make_services", "make_session", "make_transaction"]

@@ -60,7 +60,10 @@ def pieces(octets: bytes, chunking: str, rng: random.Random) -> Iterator[bytes]:
     if chunking == WHOLE:
         yield octets
     elif chunking == LINE:
-        yield from octets.splitlines(keepends=True) if b"\r" not in octets.replace(b"\r\n", b"") else _behind_lf(octets)
+        *lines, rest = octets.split(b"\n")
+        yield from (line + b"\n" for line in lines)
+        if rest:
+            yield rest
     elif chunking == BYTE:
         head, tail = octets[:_SINGLE], octets[max(_SINGLE, len(octets) - _SINGLE):]
         yield from (bytes([octet]) for octet in head)
@@ -73,13 +76,6 @@ def pieces(octets: bytes, chunking: str, rng: random.Random) -> Iterator[bytes]:
             end = position + rng.randint(1, most)
             yield octets[position:end]
             position = end
-
-
-def _behind_lf(octets: bytes) -> Iterator[bytes]:
-    *lines, last = octets.split(b"\n")
-    yield from (line + b"\n" for line in lines)
-    if last:
-        yield last
 
 
 class _Player:
