@@ -69,14 +69,14 @@ class Deferred(Exception):
 
 
 class Claim:
-    """A file in hand. path: where it lies now.  tries: how often it was taken before.  reported: addresses whose failure is queued."""
+    """A file in hand. path: where it lies now.  tries: how often it was taken before.  settled: recipients that are seen to already."""
 
-    __slots__ = ("path", "reported", "tries")
+    __slots__ = ("path", "settled", "tries")
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.tries = 0
-        self.reported: set[Address] = set()
+        self.settled: set[Address] = set()
 
 
 class Dialogue:
@@ -148,6 +148,7 @@ class Pickup:
         self._busy: set[str] = set()
         self._later: dict[str, tuple[float, Claim]] = {}
         self._recovered = False
+        self._stopping = False
         self._seen = -1
         self._serial = 0
         self._pool = Pool(AT_ONCE)
@@ -159,10 +160,11 @@ class Pickup:
 
     def stop(self, timeout_s: float) -> None:
         """Stops; what is in hand gets timeout_s, and is taken up by the next worker otherwise."""
-        if self._loop is not None:
-            self._loop.kill()
+        self._stopping = True
         self._pool.join(timeout_s)
         self._pool.kill()
+        if self._loop is not None:
+            self._loop.kill()
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
@@ -186,12 +188,16 @@ class Pickup:
                 said = str(error)
             finally:
                 if lock >= 0:
+                    self._pool.join()  # whoever has the lock takes up all that lies in `taken`
+                    self._later.clear()
                     os.close(lock)
             gevent.sleep(LOCK_S)
 
     def turn(self) -> None:
         """Looks once, and takes in hand what it finds; raises OSError where the directory can't be read."""
         now = self._clock()
+        if self._stopping:
+            return
         if not self._recovered:
             self._recovered = True
             for name in sorted(os.listdir(self._taken)):
@@ -270,23 +276,27 @@ class Pickup:
         self._claim(claim, queue_id)
         self._log.info("picked up", session=dialogue.reception.session.id, id=queue_id, uid=opened.uid, sender=f"<{drop.sender}>",
                        recipients=len(drop.recipients))
+        recipients = [address for address in drop.recipients if address not in claim.settled]
         if reply.code >= 400:
-            self._fail(queue_id, claim, opened, [(address, reply) for address in drop.recipients])
+            self._fail(queue_id, claim, opened, [(address, reply) for address in recipients])
             return
         refused: list[tuple[Address, Reply]] = []
         left: list[Address] = []
-        for address in drop.recipients:
-            reply = self._last_word(dialogue.rcpt(address, drop.notify), opened)
+        for number, address in enumerate(recipients):
+            reply = dialogue.rcpt(address, drop.notify)
+            if reply == replies.TOO_MANY_RECIPIENTS and left:  # aliases made more of them than one message may have
+                self._split(claim, opened, recipients[number:])
+                break
+            reply = self._last_word(reply, opened)
             if reply.code < 400:
                 left.append(address)
-            elif address not in claim.reported:
+            else:
                 refused.append((address, reply))
         if not left:
             self._fail(queue_id, claim, opened, refused)
             return
         if refused:  # under an id of its own: queue_id says whether the rest is done
             self._fail(self._pipeline.ids.new(), claim, opened, refused)
-            claim.reported.update(address for address, _ in refused)
         opened.file.seek(opened.start)
         reply = self._last_word(dialogue.data(iter(lambda: _in_thread(lambda: opened.file.read(CHUNK)), b"")), opened)
         if reply.code >= 400:
@@ -325,7 +335,26 @@ class Pickup:
         pipeline.store.put(envelope, message, (Event(queue_id, now, "received", facts),))
         for address, reply in refused:
             self._log.info("refused", id=queue_id, stage="maildrop", sender=f"<{drop.sender}>", to=address, reply=str(reply))
+        claim.settled.update(address for address, _ in refused)
         pipeline.accept(envelope, message)
+
+    def _split(self, claim: Claim, opened: Opened, recipients: list[Address]) -> None:
+        """Leaves a message for some of its recipients in the maildrop, as another one."""
+        drop = opened.drop
+        name = self._pipeline.ids.new()
+
+        def copy() -> None:
+            file = maildrop.Sender(self._directory, name, Drop(drop.sender, recipients, drop.notify, drop.ret, drop.envid))
+            try:
+                opened.file.seek(opened.start)
+                for piece in iter(lambda: opened.file.read(CHUNK), b""):
+                    file.write(piece)
+                file.commit()
+            finally:
+                file.abandon()
+
+        _in_thread(copy)
+        claim.settled.update(recipients)
 
     def _set_aside(self, path: str, reason: str) -> None:
         """Puts a file where it is not looked at again."""

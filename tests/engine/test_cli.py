@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gmta.cli import COMMANDS, main
-from gmta.cli.queue import queue
 from gmta.cli.output import age_text, clean, size_text, time_text, value_text
+from gmta.cli.queue import queue
 from gmta.mail.address import Address
 from gmta.mail.envelope import HELD, Envelope, RecipientState
 from gmta.mail.message import Message

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import email.policy
 import email.utils
+import fcntl
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from typing import Any
 
 import gevent
 import pytest
+from gevent.event import Event as Signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -718,6 +720,48 @@ def test_what_is_deferred_goes_when_it_may(rig: Rig) -> None:
     rig.hook()
     rig.clock.advance(RETRY_S)
     rig.deliver()
+    assert rig.left() == [] and len(rig.accepted) == 1
+
+
+def test_more_recipients_than_one_message_may_have_become_two(rig: Rig) -> None:
+    rig.hook("message defer")
+    rig.drop(*(f"u{number}@away.test" for number in range(100)), "you@example.test", "me@example.test")  # as many as aliases may make of them
+    rig.deliver()
+    assert len([name for name in rig.left() if name.endswith(".mail")]) == 1
+    rig.deliver()
+    rig.hook()
+    rig.clock.advance(RETRY_S)
+    rig.deliver()
+    assert rig.left() == []
+    assert sorted(len(envelope.recipients) for envelope, _ in rig.accepted) == [2, 100]
+    assert len({octets.partition(b"Subject")[2] for _, octets in rig.accepted}) == 1
+
+
+def test_the_lock_is_kept_until_nothing_is_in_hand(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that can't be read for a moment must not let another worker take up what this one has in hand."""
+    go = Signal()
+    put = rig.store.put
+
+    def slow(*arguments: Any) -> None:
+        go.wait()
+        put(*arguments)
+
+    monkeypatch.setattr(rig.store, "put", slow)
+    monkeypatch.setattr("gmta.receive.pickup.POLL_S", 0.01)
+    rig.drop("you@example.test")
+    rig.pickup.start()
+    with gevent.Timeout(DEADLINE_S):
+        while not [name for name in rig.left() if name.startswith("taken/")]:
+            gevent.sleep(0.01)
+        monkeypatch.setattr(rig.pickup, "turn", lambda: os.stat("/no such directory"))
+        while not rig.log.of("maildrop can't be read"):
+            gevent.sleep(0.01)
+        lock = os.open(rig.maildrop, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(lock)
+        go.set()
+        rig.pickup._pool.join()
     assert rig.left() == [] and len(rig.accepted) == 1
 
 
