@@ -9,6 +9,7 @@ Failure: ConfigError from the constructor and status 78 from `run`, with every e
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pwd
@@ -30,6 +31,7 @@ from gmta.systemd import Given, Notifier, given_sockets
 
 HEARTBEAT_S = 30.0  # a worker silent for so long is killed, while it boots too
 STOP_S = 40.0  # a worker told to leave gets so long
+TAKEN_S = 1.0
 BACKLOG = 4096
 WORKER = (sys.executable, "-m", "gmta.worker")
 
@@ -183,11 +185,14 @@ class Supervisor:
             for host, port in listener.addresses if name not in named else ():
                 if owners.setdefault((host, port), name) != name:
                     errors.append(f"[listener:{name}] address: {host}:{port} is that of [listener:{owners[host, port]}] already")
+                    continue
                 key = (name, host, port)
                 if key in bound:
                     continue
                 have = bound[key] = Listening(list(self.listening[key].sockets) if key in self.listening else [])
                 try:
+                    if not have.sockets:
+                        refuse_taken(host, port)
                     while len(have.sockets) < config.gmta.workers:
                         fresh.append(listen(host, port))
                         have.sockets.append(fresh[-1])
@@ -380,6 +385,26 @@ def listen(host: str, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def refuse_taken(host: str, port: int) -> None:
+    """Raises OSError where somebody else listens: another server of the same account could share the port unseen.
+
+    What is left of one that was killed has a moment to go: its workers let the port go as soon as they notice.
+    """
+    end = time.monotonic() + TAKEN_S
+    while True:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if probe.family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                probe.bind((host, port))
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() >= end:
+                    raise
+        time.sleep(0.05)
 
 
 def match_given(config: Config, given: Sequence[Given], errors: list[str]) -> dict[Key, Listening]:

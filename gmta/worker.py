@@ -62,6 +62,7 @@ class Worker:
         self._sockets = sockets
         self._connections: set[Connection] = set()
         self._stopping = Flag()
+        self._orphaned = False  # the supervisor is gone
         self._serial = 0
         tls = config.tls
         names = {name: (other.certificate, other.key) for name, other in config.tls_names.items()}
@@ -98,6 +99,17 @@ class Worker:
         self.metrics.close()
         self.log.info("worker stopped", worker=self.number, pid=os.getpid())
 
+    def _let_go(self) -> None:
+        """Serves who is in the backlog, then closes the sockets: nobody else holds them, and a new supervisor needs the port."""
+        for name, sock in self._sockets:
+            sock.settimeout(0)
+            try:
+                while True:
+                    gevent.spawn(self._serve, *sock.accept(), name, self.config.listeners[name])
+            except OSError:
+                os.close(sock.detach())  # at once: who gets into the backlog now would be reset
+        gevent.sleep(0)  # so that they count among the connections
+
     def _drain(self) -> None:
         began = time.monotonic()
         while self._connections and time.monotonic() < began + DRAIN_S:
@@ -109,6 +121,7 @@ class Worker:
 
     def _watch(self, life: int) -> None:
         gevent.os.tp_read(life, 1)
+        self._orphaned = True
         self._stopping.set()
 
     def _beat(self, beat: int) -> None:

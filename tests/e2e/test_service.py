@@ -6,8 +6,10 @@ import os
 import re
 import signal
 import smtplib
+import socket
 import ssl
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,27 @@ def test_workers_leave_when_the_supervisor_dies(gmta: Gmta) -> None:
     gmta.process.kill()
     gmta.process.wait()
     until(lambda: not any(running(worker) for worker in workers), "end of the workers")
+
+
+def test_a_port_that_another_server_has_is_refused(gmta: Gmta) -> None:
+    gmta.start()
+    second = subprocess.run([sys.executable, "-m", "gmta", "serve", "-c", str(gmta.config)], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert second.returncode == 78
+    assert f"can't listen on 127.0.0.1:{gmta.port}: Address already in use" in second.stderr
+
+
+def test_a_new_server_starts_beside_the_workers_of_one_that_was_killed(gmta: Gmta) -> None:
+    gmta.start()
+    assert gmta.process is not None
+    with socket.create_connection(("127.0.0.1", gmta.port)) as kept:  # a session under way keeps a worker alive
+        kept.recv(100)
+        kept.sendall(b"EHLO c.test\r\nMAIL FROM:<a@b.test>\r\n")
+        kept.recv(1000)
+        gmta.process.kill()
+        gmta.process.wait()
+        gmta.start()
+        with socket.create_connection(("127.0.0.1", gmta.port)) as other:
+            assert other.recv(100).startswith(b"220")
 
 
 def running(pid: int) -> bool:
