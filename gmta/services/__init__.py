@@ -1,4 +1,4 @@
-"""What the engine and the plugins are handed: log, metrics, TLS contexts, resolver, native-thread batches.
+"""What the engine and the plugins are handed: log, metrics, TLS contexts, resolver, shared state, native-thread batches.
 
 `Services` is that bundle; everything in it is built by the worker and passed down. It imports no gevent by itself, so the
 command line and the supervisor may build one; `batch` and `spawn` bring gevent in when they are first used.
@@ -6,6 +6,7 @@ command line and the supervisor may build one; `batch` and `spawn` bring gevent 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
     from gmta.services.deadlines import Deadlines
     from gmta.services.log import Log
     from gmta.services.metrics import Metrics
+    from gmta.services.state import State
 
 
 class Services:
-    """hostname; log; metrics; clock() in Unix seconds; resolver or None; config; spawn(fn, *args); batch(name)."""
+    """hostname; log; metrics; clock() in Unix seconds; resolver or None; config; state; spawn(fn, *args); batch(name)."""
 
-    __slots__ = ("_batches", "_deadlines", "clock", "config", "hostname", "log", "metrics", "resolver")
+    __slots__ = ("_batches", "_deadlines", "_state", "clock", "config", "hostname", "log", "metrics", "resolver")
 
     def __init__(self, config: Config, log: Log, metrics: Metrics, *, hostname: str | None = None,
                  clock: Callable[[], float] = time.time, resolver: Any = None) -> None:
@@ -33,6 +35,7 @@ class Services:
         self.resolver = resolver
         self._batches: dict[str, Batch] = {}
         self._deadlines: Deadlines | None = None
+        self._state: State | None = None
 
     def spawn(self, function: Callable[..., Any], *args: Any) -> Any:
         """Starts `function(*args)` in a greenlet of its own and returns the greenlet."""
@@ -48,6 +51,16 @@ class Services:
 
             self._deadlines = Deadlines()
         return self._deadlines
+
+    @property
+    def state(self) -> State:
+        """The state that all workers share, opened when it is first used."""
+        if self._state is None:
+            from gmta.services.state import SqliteState
+
+            self._state = SqliteState(os.path.join(self.config.gmta.data_dir, "state.db"),
+                                      lambda run: self.batch("state", run, max_items=256), self.log, self.clock)
+        return self._state
 
     def batch(self, name: str, run: Callable[[list[Any]], list[Any]] | None = None, *, max_items: int = 32,
               linger_s: float = 0.0) -> Batch:
@@ -68,3 +81,6 @@ class Services:
         for batch in self._batches.values():
             batch.close()
         self._batches.clear()
+        if self._state is not None:
+            self._state.close()
+            self._state = None

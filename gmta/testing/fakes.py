@@ -26,6 +26,7 @@ from gmta.queue.store import Event, Settlement, StoreError, StoreFull
 from gmta.services import Services
 from gmta.services.log import Log
 from gmta.services.metrics import Metrics
+from gmta.services.state import MemoryState
 
 START_AT = 1767607200.0  # 2026-01-05 10:00:00 UTC: what a FakeClock shows first
 
@@ -82,11 +83,12 @@ class FakeDeadlines:
 
 
 class FakeServices(Services):
-    """Services whose deadlines are a FakeClock's."""
+    """Services whose deadlines are a FakeClock's, with state in memory."""
 
     def __init__(self, config: Config, log: Log, clock: FakeClock, resolver: Any) -> None:
         super().__init__(config, log, Metrics(), clock=clock, resolver=resolver)
         self._still = FakeDeadlines(clock)
+        self._state = MemoryState(clock)
 
     @property
     def deadlines(self) -> Any:
