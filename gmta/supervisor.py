@@ -179,6 +179,7 @@ class Supervisor:
         errors: list[str] = []
         bound = match_given(config, self._given, errors)
         named = {one.name for one in self._given}
+        ours = {key[1:]: listening.sockets for key, listening in self.listening.items() if not listening.shared}
         owners: dict[tuple[str, int], str] = {}
         fresh: list[socket.socket] = []
         for name, listener in config.listeners.items():
@@ -189,9 +190,9 @@ class Supervisor:
                 key = (name, host, port)
                 if key in bound:
                     continue
-                have = bound[key] = Listening(list(self.listening[key].sockets) if key in self.listening else [])
+                have = bound[key] = Listening(list(ours.get((host, port), ())))  # of a listener that may have had another name
                 try:
-                    if not have.sockets:
+                    if all(port != other for _, other in ours):  # where we have the port on some address the probe would hit ourselves
                         refuse_taken(host, port)
                     while len(have.sockets) < config.gmta.workers:
                         fresh.append(listen(host, port))

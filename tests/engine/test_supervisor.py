@@ -310,6 +310,16 @@ def test_a_reload_keeps_the_sockets_of_an_address_that_stays(site: Site) -> None
         assert now[:2] == before and len(now) == max(2, workers)  # what waits in a socket is never thrown away
 
 
+def test_a_reload_keeps_the_sockets_of_a_listener_that_is_renamed_and_adds_addresses_of_its_port(site: Site) -> None:
+    supervisor = site.started()
+    (before,) = [list(listening.sockets) for listening in supervisor.listening.values()]
+    site.file.write_text(site.file.read_text().replace("[listener:mx]", "[listener:inbound]").replace("address = ", f"address = *:{site.port}, "))
+    supervisor.act(signal.SIGHUP)
+    turn(supervisor, lambda: "inbound" in supervisor.config.listeners and len(supervisor.workers) == 1, "reload")
+    assert supervisor.listening["inbound", "127.0.0.1", site.port].sockets == before
+    assert len(supervisor.listening["inbound", "0.0.0.0", site.port].sockets) == 1
+
+
 def test_a_reload_asked_for_during_a_reload_is_made_afterwards(site: Site) -> None:
     supervisor = site.started()
     supervisor.act(signal.SIGHUP)
