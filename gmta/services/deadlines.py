@@ -1,7 +1,7 @@
 """Deadlines of many waiting things, looked at a few times a second: a timer for each wait would cost more than the wait.
 
 Who waits sets `deadline` (monotonic seconds, NEVER while it does not wait) and is told by `expire` when that has passed, at most
-a tick late. `expire` must not block and must not raise: it shuts the socket down, which wakes the greenlet in whatever it waits for.
+a tick late. `expire` must not block and must not raise: it ends the wait, by cancelling it or by shutting the socket down.
 """
 
 from __future__ import annotations
