@@ -157,7 +157,7 @@ class SmtpClient:
             raise self._lost(f"{self.remote} offers no AUTH PLAIN", "4.7.0")
         if not self.tls and not self.host.startswith("127.") and self.host != "::1":
             raise self._lost(f"No TLS with {self.remote}: the password is not sent in clear", "4.7.0")
-        reply = self._command(self._protocol.auth_plain(self.settings.username, self.settings.password))
+        reply = self._command(self._protocol.auth("PLAIN", f"\0{self.settings.username}\0{self.settings.password}".encode()))
         if reply.code != 235:  # a wrong password is the postmaster's to mend, the mail waits (RFC 4954 section 6)
             raise ConnectionFailed(deferred(f"Authentication refused: {reply}"[:300], enhanced="4.7.0", remote=self.remote,
                                             recipient_fault=False))

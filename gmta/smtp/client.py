@@ -1,8 +1,9 @@
 """The client's side of SMTP and LMTP, sans-IO: commands to octets, octets to replies, in the order they were asked for.
 
 Commands may be pipelined: each method returns the octets to send and remembers that a reply is due; next_reply hands them out
-one by one. The engine decides what to send and what an answer means for a recipient. A remote that does not speak SMTP, and
-commands out of order or with line breaks in them, raise ProtocolError. RFC 5321, 2033, 2920, 3030, 3207, 3461, 4954, 6531.
+one by one. The engine decides what to send and what an answer means for a recipient. A reply is cut where it is longer than
+anybody will read. A remote that does not speak SMTP, and commands out of order or with line breaks in them, raise ProtocolError.
+RFC 5321, 2033, 2920, 3030, 3207, 3461, 4954, 6531, 9422.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import base64
 import re
 from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from gmta.mail.address import Address
 from gmta.mail.reply import MAX_LINES, Reply, parse_line
 from gmta.smtp.commands import encode_xtext
 from gmta.smtp.lines import ProtocolError
 
-MAX_REPLY = 65536  # octets of one reply
+MAX_REPLY = 1024 * 1024  # octets of one reply; who says more is not talking to us
+MAX_REPLY_LINE = 4096  # octets kept of a line; RFC 5321 section 4.5.3.1.5 has 512
 
 _UNSAFE = re.compile("[\x00-\x1f\x7f]")
 _LINE = re.compile(rb"[2-5][0-9][0-9](?:[ -]|\Z)")
@@ -56,17 +59,22 @@ class ClientProtocol:
     def next_reply(self) -> Reply | None:
         """The next reply, or None when more octets are needed; `last_command` then names what it answers.
 
-        Raises ProtocolError for what is no reply, for one over 64 KiB, and for one that nothing asked for (421 apart).
+        Lines past MAX_LINES and octets past MAX_REPLY_LINE are dropped. Raises ProtocolError for what is no reply, for one over
+        MAX_REPLY, and for one that nothing asked for (421 apart).
         """
         buffer = self._buffer
         while True:
             end = buffer.find(b"\n")
             if end < 0:
-                if self._size + len(buffer) > MAX_REPLY:
-                    raise ProtocolError("reply is too long")
+                excess = len(buffer) - MAX_REPLY_LINE - 1
+                if excess > 0:  # the end of the line is yet to come; the last octet may be its CR
+                    del buffer[MAX_REPLY_LINE:-1]
+                    self._size += excess
+                    if self._size > MAX_REPLY:
+                        raise ProtocolError("reply is too long")
                 return None
             # A bare LF ends a line too: nothing that a remote says is obeyed, so this can't be used to smuggle
-            line = bytes(buffer[:end]).removesuffix(b"\r")
+            line = bytes(buffer[:end]).removesuffix(b"\r")[:MAX_REPLY_LINE]
             del buffer[:end + 1]
             self._size += end + 1
             if self._size > MAX_REPLY:
@@ -234,15 +242,16 @@ class ClientProtocol:
         """STARTTLS: must be the last command of a group (RFC 2920 section 3.1)."""
         return self._command("STARTTLS")
 
-    def auth_plain(self, user: str, secret: str) -> bytes:
-        """AUTH PLAIN with its initial response (RFC 4616)."""
-        if "\0" in user or "\0" in secret:
-            raise ProtocolError("NUL in the credentials")
-        try:
-            response = f"\0{user}\0{secret}".encode()
-        except UnicodeEncodeError as error:
-            raise ProtocolError("credentials can't be encoded") from error
-        return self._command("AUTH", "PLAIN " + base64.b64encode(response).decode("ascii"))
+    def auth(self, mechanism: str, initial: bytes | None = None) -> bytes:
+        """AUTH, with the initial response where the mechanism has one (RFC 4954 section 4)."""
+        if initial is None:
+            return self._command("AUTH", mechanism)
+        return self._command("AUTH", f"{mechanism} {base64.b64encode(initial).decode('ascii') or '='}")
+
+    def auth_response(self, data: bytes | None) -> bytes:
+        """The answer to a 334 challenge; None cancels the exchange (RFC 4954 section 4)."""
+        self._due.append("AUTH")
+        return b"*\r\n" if data is None else base64.b64encode(data) + b"\r\n"
 
 
 def parse_ehlo(lines: list[bytes]) -> dict[str, str]:
@@ -256,3 +265,21 @@ def parse_ehlo(lines: list[bytes]) -> dict[str, str]:
         if keyword:
             found.setdefault(keyword.upper(), parameters.strip())
     return found
+
+
+class Limits(NamedTuple):
+    """What a remote says with LIMITS (RFC 9422 section 4); 0 where it says nothing."""
+
+    mail: int = 0  # transactions in a session
+    rcpt: int = 0  # recipients in a transaction
+    rcpt_domain: int = 0  # domains among them
+
+
+def parse_limits(parameters: str) -> Limits:
+    """The limits of the LIMITS keyword's parameters; unknown and malformed ones are passed over (RFC 9422 section 3)."""
+    found: dict[str, int] = {}
+    for word in parameters.upper().split():
+        name, _, value = word.partition("=")
+        if value.isdigit() and len(value) <= 6 and int(value):  # RFC 9422 section 4: six digits at most
+            found.setdefault(name, int(value))
+    return Limits(found.get("MAILMAX", 0), found.get("RCPTMAX", 0), found.get("RCPTDOMAINMAX", 0))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gmta.mail import reply as replies
 from gmta.mail.reply import Reply
 from gmta.smtp import events
-from gmta.smtp.client import MAX_REPLY, ClientProtocol
+from gmta.smtp.client import MAX_REPLY, MAX_REPLY_LINE, ClientProtocol, Limits, parse_limits
 from gmta.smtp.data import Stuffer
 from gmta.smtp.lines import ProtocolError
 from gmta.smtp.server import Extensions, ServerProtocol
@@ -80,12 +80,31 @@ def test_clear_text_behind_starttls_is_refused() -> None:
         client.tls_started()
 
 
-@pytest.mark.parametrize("wire", [b"hello\r\n", b"199 x\r\n", b"2500 x\r\n", b"\r\n", b"250_x\r\n", b"220-a\r\n" * 20000, b"2" * (MAX_REPLY + 1)])
+@pytest.mark.parametrize("wire", [b"hello\r\n", b"199 x\r\n", b"2500 x\r\n", b"\r\n", b"250_x\r\n", b"220-a\r\n" * 200000, b"2" * (MAX_REPLY + 9999)])
 def test_what_is_no_reply_is_a_protocol_error(wire: bytes) -> None:
     client = ClientProtocol()
     client.receive_data(wire)
     with pytest.raises(ProtocolError):
         client.next_reply()
+
+
+@pytest.mark.parametrize("size", [1, 1000, MAX_REPLY_LINE, 100000])
+def test_a_long_reply_is_cut_and_the_next_one_whole(size: int) -> None:
+    wire = b"550-" + b"x" * 9000 + b"\r\n550-y\r\n" + b"550-z\r\n" * 200 + b"521 5.7.1 last\r\n250 ok\r\n"
+    client = greeted()
+    client.mail("a@b.example")
+    client.noop()
+    got = []
+    for start in range(0, len(wire), size):
+        client.receive_data(wire[start:start + size])
+        got += list(iter(client.next_reply, None))
+    assert [reply.code for reply in got] == [521, 250]
+    assert got[0].lines[0] == "x" * (MAX_REPLY_LINE - 4) and got[0].lines[1] == "y" and got[0].lines[-1] == "last"
+
+
+def test_limits_are_read_and_nonsense_passed_over() -> None:
+    assert parse_limits("RCPTMAX=50 mailmax=100 X=1 RCPTDOMAINMAX=0 RCPTMAX=9") == Limits(100, 50, 0)
+    assert parse_limits("RCPTMAX MAILMAX= RCPTDOMAINMAX=1234567") == parse_limits("") == Limits()
 
 
 @given(st.lists(st.binary(max_size=30) | st.sampled_from([b"250 ok\r\n", b"220-x\r\n", b"354\r\n", b"421 bye\n"]), max_size=8))

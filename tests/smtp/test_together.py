@@ -110,7 +110,7 @@ def command(link: Link, word: str, argument: int) -> bool:
     plain: dict[str, Callable[[], bytes]] = {
         "ehlo": lambda: client.ehlo("me.example"), "helo": lambda: client.helo("me.example"), "rset": client.rset, "noop": client.noop,
         "quit": client.quit, "data": client.data, "starttls": client.starttls,
-        "auth": lambda: client.auth_plain("user@example.test", "secret"),
+        "auth": lambda: client.auth("PLAIN", b"\0user@example.test\0secret"),
         "mail": lambda: client.mail("a@b.example", size=argument * 5 if "SIZE" in client.extensions else None),
         "rcpt": lambda: client.rcpt(f"user{argument}@example.test"),
         "bdat": lambda: client.bdat(argument, argument % 2 == 0) + b"x" * argument,
