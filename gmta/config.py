@@ -19,7 +19,7 @@ import re
 import socket
 import types
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
@@ -522,12 +522,30 @@ class Dns(CoreSection):
     timeout: Duration = Field("5s", gt=0, description="for one whole look-up")  # type: ignore[assignment]
     cache_size: int = Field(10000, ge=0, description="answers a worker")
     validating: bool | None = Field(None, description="believe the servers' AD bit; default: only of servers on loopback")
+    probe_signed: str = Field(".", description="a signed name that a validating server vouches for; empty: not tried")
+    probe_bogus: str = Field("dnssec-failed.org", description="a name with wrong signatures that it gives no answer for; empty: not tried")
+
+
+class TlsReports(CoreSection):
+    """[tlsrpt]: daily reports about TLS with others (RFC 8460)"""
+
+    send: bool = Field(False, description="send reports to domains that ask for them")
+    sender: str = Field("", description="From of the reports; default: postmaster at [gmta] hostname")
+    organization: str = Field("", description="who reports; default: [gmta] hostname")
 
 
 class MetricsSection(CoreSection):
     """[metrics]"""
 
     address: HostPort | None = Field(None, description="where metrics can be fetched; default: off")
+
+
+class TlsDemand(NamedTuple):
+    """A line of [tls_policy]. names: what the certificate may be for instead of host and domain; default: the line of `*`."""
+
+    level: Literal["none", "may", "encrypt", "verify"]
+    names: tuple[str, ...] = ()
+    default: bool = False
 
 
 class TransportSection(BaseModel):
@@ -542,21 +560,24 @@ class TransportSection(BaseModel):
 
 _CORE: dict[str, type[CoreSection]] = {
     "gmta": Gmta, "tls": Tls, "domains": Domains, "limits": Limits, "queue": Queue, "plugins": Plugins, "dns": Dns,
-    "metrics": MetricsSection,
+    "tlsrpt": TlsReports, "metrics": MetricsSection,
 }
+_TABLES = ("route", "tls_policy")  # sections whose keys are domains and the like
+TLS_LEVELS = ("none", "may", "encrypt", "verify")
 _NAMED = ("listener", "plugin", "transport", "tls")
 
 
 class Config:
     """The whole configuration, checked.
 
-    file, base: the file and its folder.  gmta, tls, domains, limits, queue, plugins, dns, metrics: the sections.
+    file, base: the file and its folder.  gmta, tls, domains, limits, queue, plugins, dns, tlsrpt, metrics: the sections.
     listeners: name -> Listener.  tls_names: server name -> Tls.  plugin, transports: name -> Section (text).
-    route: address, domain, .subdomain, local or * -> transport, fail, hold or discard.
+    route: address, domain, .subdomain, local or *, or from: and a sender's address or domain -> transport, fail, hold or discard.
+    tls_policy: domain, .subdomain or * -> what TLS with it must be.
     """
 
     __slots__ = ("base", "dns", "domains", "file", "gmta", "limits", "listeners", "look", "metrics", "plugin",
-                 "plugins", "queue", "route", "sections", "tls", "tls_names", "transports")
+                 "plugins", "queue", "route", "sections", "tls", "tls_names", "tls_policy", "tlsrpt", "transports")
 
     gmta: Gmta
     tls: Tls
@@ -565,6 +586,7 @@ class Config:
     queue: Queue
     plugins: Plugins
     dns: Dns
+    tlsrpt: TlsReports
     metrics: MetricsSection
 
     def __init__(self, sections: dict[str, Section], file: str = "", *, look: bool = True) -> None:
@@ -577,6 +599,7 @@ class Config:
         self.plugin: dict[str, Section] = {}
         self.transports: dict[str, Section] = {}
         self.route: dict[str, str] = {}
+        self.tls_policy: dict[str, TlsDemand] = {}
         errors: list[str] = []
         self._defaults()
         for name, model in _CORE.items():
@@ -586,9 +609,11 @@ class Config:
             except ConfigError as error:
                 errors += error.errors
         for name, section in sections.items():
-            if name not in _CORE and name != "route":
+            if name not in _CORE and name not in _TABLES:
                 errors += self._named(section)
         errors += self._routes(sections.get("route"))
+        self.tls_policy, wrong = _tls_policy(sections.get("tls_policy"))
+        errors += wrong
         if errors:
             raise ConfigError(errors)
 
@@ -616,7 +641,7 @@ class Config:
         """Files a section of the form [kind:NAME]; returns errors."""
         kind, colon, name = section.name.partition(":")
         if kind not in _NAMED or not colon:
-            known = [*_CORE, "route", *(f"{word}:{name or 'NAME'}" for word in _NAMED)]
+            known = [*_CORE, *_TABLES, *(f"{word}:{name or 'NAME'}" for word in _NAMED)]
             return [f"{section.where()}: unknown section{nearest(section.name, known)}"]
         if _NAME.fullmatch(name) is None:
             return [f"{section.where()}: expected a name of letters, digits, dots, - and _ behind the colon"]
@@ -654,13 +679,16 @@ class Config:
             if target not in known:
                 errors.append(f"{section.where(key)}: expected a transport, fail, hold or discard, "
                               f"not {target!r}{nearest(target, known)}")
+            sender = key.startswith("from:")
+            name = key.removeprefix("from:").strip()
             try:
-                if "@" in key:
-                    parse_mailbox(key)
-                elif key not in ("local", "*"):
-                    check_domain(key.removeprefix("."))
+                if "@" in name:
+                    parse_mailbox(name)
+                elif name not in (("<>",) if sender else ("local", "*")):
+                    check_domain(name.removeprefix("."))
             except AddressError as error:
-                errors.append(f"{section.where(key)}: expected an address, a domain, .domain, local or * ({error})")
+                expected = "from:address, from:domain, from:.domain or from:<>" if sender else "an address, a domain, .domain, local or *"
+                errors.append(f"{section.where(key)}: expected {expected} ({error})")
             self.route[key] = target
         return errors
 
@@ -682,6 +710,31 @@ class Config:
             section.places = {key: (place[0], place[1]) for key, place in item["places"].items()}
             section.secrets = item["secrets"]
         return cls(sections, data["file"], look=False)
+
+
+def _tls_policy(section: Section | None) -> tuple[dict[str, TlsDemand], list[str]]:
+    """What [tls_policy] demands of whom, and errors."""
+    found: dict[str, TlsDemand] = {}
+    errors: list[str] = []
+    section = section or Section("tls_policy")
+    for key, value in section.items():
+        words = _words(value)
+        level, names = (words[0], words[1:]) if words else ("", [])
+        if level not in TLS_LEVELS:
+            errors.append(f"{section.where(key)}: expected one of {', '.join(TLS_LEVELS)}, not {level!r}{nearest(level, TLS_LEVELS)}")
+            continue
+        try:
+            if names and level != "verify":
+                raise AddressError("names of the certificate are for verify only")
+            for name in (*([key] if key != "*" else []), *names):
+                check_domain(name.removeprefix("."))
+        except AddressError as error:
+            errors.append(f"{section.where(key)}: expected a domain, .domain or *, and for verify names of the certificate ({error})")
+            continue
+        below = "." if key.startswith(".") else ""
+        found[key if key == "*" else below + domain_key(key.removeprefix("."))] = TlsDemand(
+            level, tuple(name.lower() for name in names), key == "*")  # type: ignore[arg-type]
+    return found, errors
 
 
 def find() -> str:

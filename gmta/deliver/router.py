@@ -1,8 +1,8 @@
 """Routing: which transport and next hop a recipient goes to, asked again at every attempt.
 
-The order is: the transport that permit_rcpt fixed, the first answer of the get_route hook, the [route] table (the most
-specific entry wins whatever the order: address, domain, .subdomain, local, *). A target is a transport's name, `fail`,
-`hold` or `discard`. Connecting, MX look-ups and queueing are left to transports and lanes. A recipient without a route
+The order is: the transport that permit_rcpt fixed, the first answer of the get_route hook, the sender rules of the [route]
+table (from:address, from:domain, from:.domain, from:<>), its other entries (the most specific wins whatever the order: address,
+domain, .subdomain, local, *). A target is a transport's name, `fail`, `hold` or `discard`. Connecting, MX look-ups and queueing are left to transports and lanes. A recipient without a route
 gets a failed Outcome; a target that names no transport (a plugin's error) a deferred one, so that nothing is lost.
 """
 
@@ -33,6 +33,42 @@ _ROUTE_FAILS = failed("Mail for this recipient is not delivered (route: fail)", 
 _DISCARDED = delivered("Discarded (route: discard)", enhanced="2.0.0")
 
 
+class _Table:
+    """Targets by address, domain and domain above."""
+
+    __slots__ = ("addresses", "domains", "suffixes")
+
+    def __init__(self) -> None:
+        self.addresses: dict[tuple[str, str], str] = {}
+        self.domains: dict[str, str] = {}
+        self.suffixes: dict[str, str] = {}
+
+    def add(self, key: str, target: str) -> None:
+        """Files one line under its kind."""
+        if "@" in key:
+            local, _, domain = key.rpartition("@")
+            self.addresses[local.lower(), domain_key(domain)] = target
+        elif key.startswith("."):
+            self.suffixes[domain_key(key[1:])] = target
+        else:
+            self.domains[domain_key(key)] = target
+
+    def find(self, address: Address) -> str | None:
+        """The most specific target for an address."""
+        host = address.host
+        if self.addresses:
+            found = self.addresses.get((address.mailbox.lower(), host))
+            if found is not None:
+                return found
+        found = self.domains.get(host)
+        if found is None and self.suffixes:
+            rest = host
+            while found is None and "." in rest:
+                rest = rest.partition(".")[2]
+                found = self.suffixes.get(rest)
+        return found
+
+
 class Router:
     """The [route] table as look-ups by address, host and suffix."""
 
@@ -40,9 +76,9 @@ class Router:
         self._plugins = plugins
         self._local: frozenset[str] = frozenset(config.domains.local)
         self._transports: dict[str, Any] = plugins.transports
-        self._addresses: dict[tuple[str, str], str] = {}
-        self._domains: dict[str, str] = {}
-        self._suffixes: dict[str, str] = {}
+        self._recipients = _Table()
+        self._senders: _Table | None = None
+        self._null_sender: str | None = None
         self._local_target: str | None = None
         self._default: str | None = None
         for key, target in config.route.items():
@@ -51,36 +87,31 @@ class Router:
         self._next_hop = {name: getattr(transport, "next_hop", None) for name, transport in self._transports.items()}
 
     def _add(self, key: str, target: str) -> None:
-        """Files one line of the table under its kind."""
+        """Files one line of the table."""
         if key == "*":
             self._default = target
         elif key == "local":
             self._local_target = target
-        elif "@" in key:
-            local, _, domain = key.rpartition("@")
-            self._addresses[local.lower(), domain_key(domain)] = target
-        elif key.startswith("."):
-            self._suffixes[domain_key(key[1:])] = target
+        elif not key.startswith("from:"):
+            self._recipients.add(key, target)
+        elif key[5:].strip() == "<>":
+            self._null_sender = target
         else:
-            self._domains[domain_key(key)] = target
+            self._senders = self._senders or _Table()
+            self._senders.add(key[5:].strip(), target)
 
-    def target(self, address: Address) -> str | None:
-        """The table's answer for an address: a transport's name, fail, hold, discard, or None."""
-        host = address.host
-        if self._addresses:
-            found = self._addresses.get((address.mailbox.lower(), host))
-            if found is not None:
-                return found
-        found = self._domains.get(host)
+    def target(self, address: Address, sender: Address | None = None) -> str | None:
+        """The table's answer for a recipient: a transport's name, fail, hold, discard, or None."""
+        found = None
+        if self._senders is not None and sender:
+            found = self._senders.find(sender)
+        elif self._null_sender is not None and sender is not None and not sender:
+            found = self._null_sender
+        if found is None:
+            found = self._recipients.find(address)
         if found is not None:
             return found
-        if self._suffixes:
-            rest = host
-            while "." in rest:
-                rest = rest.partition(".")[2]
-                found = self._suffixes.get(rest)
-                if found is not None:
-                    return found
+        host = address.host
         if (not host or host in self._local) and self._local_target is not None:
             return self._local_target  # RFC 5321 section 4.5.1: bare Postmaster is ours
         return self._default
@@ -97,7 +128,7 @@ class Router:
                         target = value if isinstance(value, str) else str(value[0])
                         break
             if target is None:
-                target = self.target(recipient.address)
+                target = self.target(recipient.address, envelope.sender)
         if target is None:
             return _NO_ROUTE
         transport = self._transports.get(target)
