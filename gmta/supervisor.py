@@ -32,6 +32,7 @@ from gmta.systemd import Given, Notifier, given_sockets
 HEARTBEAT_S = 30.0  # a worker silent for so long is killed, while it boots too
 STOP_S = 40.0  # a worker told to leave gets so long
 TAKEN_S = 1.0
+RESTART_S = 1.0  # between tries to start a worker that can't be started at all
 BACKLOG = 4096
 WORKER = (sys.executable, "-m", "gmta.worker")
 
@@ -126,7 +127,8 @@ class Supervisor:
             self.start()
         except ConfigError as error:
             print("\n".join(error.errors), file=sys.stderr)
-            return EX_CONFIG
+            self.status = EX_CONFIG
+            self._stop()
         while not self.done:
             self.step(0.25)
         return self.status
@@ -139,7 +141,7 @@ class Supervisor:
         if os.geteuid() == 0 and account is None:
             self._log.warning("workers run as root", advice="[gmta] user = NAME")
         self.listening = self._bind(self.config)
-        self.workers = [self._start(self.config, self.listening, number) for number in range(self.config.gmta.workers)]
+        self._start_all(self.config, self.listening, self.workers)
 
     @property
     def done(self) -> bool:
@@ -216,7 +218,10 @@ class Supervisor:
     # -- processes --------------------------------------------------------------------------------------------------
 
     def _start(self, config: Config, listening: dict[Key, Listening], number: int) -> Process:
-        """Starts worker `number`: it serves what is shared, and of each address every socket whose index is congruent to it."""
+        """Starts worker `number`: it serves what is shared, and of each address every socket whose index is congruent to it.
+
+        Raises ConfigError, OSError.
+        """
         count = config.gmta.workers
         sockets = [(key[0], sock.fileno()) for key, have in listening.items()
                    for index, sock in enumerate(have.sockets) if have.shared or index % count == number]
@@ -230,14 +235,29 @@ class Supervisor:
         identity: dict[str, Any] = {}
         if account is not None:
             identity = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": os.getgrouplist(account.pw_name, account.pw_gid)}
-        popen = subprocess.Popen(self._command, pass_fds=passed, env={**os.environ, "GMTA_WORKER": given},
-                                 stdin=subprocess.DEVNULL, cwd="/", start_new_session=False, **identity)
-        for descriptor in (snapshot, beat_write, life_read):
-            os.close(descriptor)
+        try:
+            popen = subprocess.Popen(self._command, pass_fds=passed, env={**os.environ, "GMTA_WORKER": given},
+                                     stdin=subprocess.DEVNULL, cwd="/", start_new_session=False, **identity)
+        except OSError:
+            os.close(beat_read)
+            os.close(life_write)
+            raise
+        finally:
+            for descriptor in (snapshot, beat_write, life_read):
+                os.close(descriptor)
         os.set_blocking(beat_read, False)
         process = Process(popen, number, beat_read, life_write, self._now_s())
         self._selector.register(beat_read, selectors.EVENT_READ, process)
         return process
+
+    def _start_all(self, config: Config, listening: dict[Key, Listening], workers: list[Process]) -> None:
+        """Starts every worker of a configuration, into `workers`; raises ConfigError."""
+        try:
+            for number in range(config.gmta.workers):
+                workers.append(self._start(config, listening, number))
+        except OSError as error:
+            whose = f" as {config.gmta.user}" if config.gmta.user else ""
+            raise ConfigError([f"[gmta] workers: can't be started{whose}: {error.strerror}: {error.filename or self._command[0]}"]) from error
 
     def _all(self) -> list[Process]:
         """Every worker, those of a reload under way too."""
@@ -302,7 +322,7 @@ class Supervisor:
                               restart_in_s=pause_s)
         reload = self._reload
         if reload is not None and any(one.popen.poll() is not None for one in reload.workers):
-            self._give_up(reload)
+            self._give_up(reload, ["the new workers can't boot"])
 
     def _watch(self) -> None:
         """Starts what is due again, kills what has missed its heartbeat or its time to leave."""
@@ -311,8 +331,11 @@ class Supervisor:
             for number, at in list(self._restart_at.items()):
                 if now >= at:
                     del self._restart_at[number]
-                    if number < self.config.gmta.workers:
+                    try:
                         self.workers.append(self._start(self.config, self.listening, number))
+                    except (OSError, ConfigError) as error:  # no memory, no process: the others go on, this one is tried again
+                        self._restart_at[number] = now + RESTART_S
+                        self._log.error("worker can't be started", worker=number, error=str(error), next_try_s=RESTART_S)
         for process in self._all():
             silent = now - process.last_beat > HEARTBEAT_S
             if not process.killed and (silent or (process.stopping_since is not None and now - process.stopping_since > STOP_S)):
@@ -336,7 +359,11 @@ class Supervisor:
         except ConfigError as error:
             self._refuse_reload(error.errors)
             return
-        self._reload = Reload(config, listening, [self._start(config, listening, number) for number in range(config.gmta.workers)])
+        reload = self._reload = Reload(config, listening, [])
+        try:
+            self._start_all(config, listening, reload.workers)
+        except ConfigError as error:
+            self._give_up(reload, error.errors)
 
     def _refuse_reload(self, errors: list[str]) -> None:
         print("reload refused, still running on the old configuration:\n" + "\n".join(errors), file=sys.stderr, flush=True)
@@ -356,14 +383,14 @@ class Supervisor:
         self._notifier.ready(self._serving())
         self._next_reload()
 
-    def _give_up(self, reload: Reload) -> None:
+    def _give_up(self, reload: Reload, errors: list[str]) -> None:
         """A new worker ended before all were ready: back to the old configuration; those that serve already may end what they began."""
         for process in reload.workers:
             self._end(process)
         self.workers += reload.workers
         self._reload = None
         self._close_unused(reload.listening)
-        self._refuse_reload(["the new workers can't boot"])
+        self._refuse_reload(errors)
         self._next_reload()
 
     def _next_reload(self) -> None:

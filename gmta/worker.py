@@ -90,6 +90,8 @@ class Worker:
         self._stopping.wait()
         self.plugins.on("on_worker_stopping", self)
         gevent.killall(acceptors)
+        if self._orphaned:
+            self._let_go()
         self.pickup.stop(5.0)
         self._drain()
         self.scheduler.stop(10.0)

@@ -23,7 +23,7 @@ import pytest
 from gmta import supervisor as module
 from gmta import systemd
 from gmta.config import EX_CONFIG, ConfigError, load
-from gmta.supervisor import HEARTBEAT_S, STOP_S, Supervisor, match_given, restart_pause, worker_account
+from gmta.supervisor import HEARTBEAT_S, RESTART_S, STOP_S, Supervisor, match_given, restart_pause, worker_account
 from gmta.systemd import Notifier, given_sockets
 from tests.e2e.conftest import DEADLINE_S, free_port, listens, until
 
@@ -327,6 +327,30 @@ def test_a_reload_asked_for_during_a_reload_is_made_afterwards(site: Site) -> No
     supervisor.act(signal.SIGHUP)
     assert supervisor.config.gmta.hostname == "mx.test"
     turn(supervisor, lambda: supervisor.config.gmta.hostname == "second.test", "second reload")
+
+
+def test_workers_that_cannot_be_started_at_all(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    supervisor = site.started()
+    before, command = pids(supervisor), supervisor._command
+    descriptors = len(os.listdir("/proc/self/fd"))
+    supervisor._command = ("/nowhere/python",)
+    supervisor.act(signal.SIGHUP)
+    assert pids(supervisor) == before and supervisor._reload is None
+    assert "[gmta] workers: can't be started: No such file or directory: /nowhere/python" in capfd.readouterr().err
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    supervisor.workers[0].signal(signal.SIGKILL)
+    turn(supervisor, lambda: supervisor.workers == [] and supervisor._restart_at != {}, "death")
+    assert "worker can't be started" in capfd.readouterr().err
+    supervisor._command = command
+    site.clock.now += RESTART_S
+    turn(supervisor, lambda: len(supervisor.workers) == 1, "replacement")
+    other = site.supervisor()
+    other._command = ("/nowhere/python",)
+    site.write(port=free_port())
+    other.config = load(str(site.file))
+    with pytest.raises(ConfigError, match="can't be started"):
+        other.start()
+    other.act(signal.SIGTERM)
 
 
 # --- what stops a start -----------------------------------------------------------------------------------------
