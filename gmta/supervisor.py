@@ -415,23 +415,23 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def refuse_taken(host: str, port: int) -> None:
-    """Raises OSError where somebody else listens: another server of the same account could share the port unseen.
+def first_to_listen(host: str, port: int) -> socket.socket:
+    """Like listen; raises OSError too where another server of the same account listens, which would share the port unseen.
 
     What is left of one that was killed has a moment to go: its workers let the port go as soon as they notice.
     """
     end = time.monotonic() + TAKEN_S
     while True:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if probe.family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if probe.family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 probe.bind((host, port))
-                return
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or time.monotonic() >= end:
-                    raise
+            return listen(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= end:
+                raise
         time.sleep(0.05)
 
 
