@@ -195,7 +195,8 @@ class Supervisor:
                 have = bound[key] = Listening(list(ours.get((host, port), ())))  # of a listener that may have had another name
                 try:
                     if all(port != other for _, other in ours):  # where we have the port on some address the probe would hit ourselves
-                        refuse_taken(host, port)
+                        fresh.append(first_to_listen(host, port))
+                        have.sockets.append(fresh[-1])
                     while len(have.sockets) < config.gmta.workers:
                         fresh.append(listen(host, port))
                         have.sockets.append(fresh[-1])
