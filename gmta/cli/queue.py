@@ -167,20 +167,26 @@ def _not_queued(queue_id: str) -> NoReturn:
 @config_option
 @json_option
 def stats(path: str | None, as_json: bool) -> None:
-    """Counts: messages, octets, recipients by state and by lane, what waits in the maildrop."""
+    """Counts: messages, octets, recipients by state and by lane, what waits in the maildrop; attempts in flight with their age."""
     counts = queue_admin(path).stats() | {"maildrop": dropped(path)}
     if as_json:
         print_json(counts)
         return
+    now = time.time()
     oldest = counts["oldest"]
-    rows = [("messages", str(counts["messages"])), ("size", size_text(counts["octets"]))]
+    rows = [("messages", str(counts["messages"])), ("size", output.size_text(counts["octets"]))]
     if counts["maildrop"]:
         rows.append(("maildrop", f"{counts['maildrop']} to pick up"))
     if oldest is not None:
-        rows.append(("oldest", f"{time_text(oldest)} ({output.age_text(time.time() - oldest)} ago)"))
+        rows.append(("oldest", f"{time_text(oldest)} ({output.age_text(now - oldest)} ago)"))
     rows += [(status, f"{count} recipient{'' if count == 1 else 's'}") for status, count in sorted(counts["recipients"].items())]
     lanes = sorted(counts["lanes"].items(), key=lambda pair: (-pair[1], pair[0]))
     rows += [(f"lane {clean(lane) or '(not tried yet)'}", f"{count} waiting") for lane, count in lanes]
+    rows += [(f"closed {clean(lane['lane'])}", f"until {time_text(lane['until'])} ({clean(lane['reason'])})") for lane in counts["closed"]]
+    if counts["under_way"]:
+        rows.append(("in flight", str(counts["under_way"])))
+    rows += [(f"attempt {attempt['id']}", f"for {output.age_text(now - attempt['since'])} to {clean(', '.join(attempt['to']))} via "
+              f"{clean(attempt['transport'])}:{clean(attempt['next_hop'])}") for attempt in counts["attempts"]]
     if on_terminal():
         output.print_table(("What", "How many"), rows)
     else:

@@ -20,6 +20,7 @@ from gmta.mail.address import domain_key
 from gmta.queue import schema
 from gmta.queue.store import Event
 
+GIVEN_UP = "550 5.0.0 The postmaster has given this message up"
 SLICE = 2000  # messages changed in one transaction
 GAP_S = 0.01  # between two of them
 
@@ -28,6 +29,7 @@ class QueueAdmin:
     """The queue in `directory`; selections are ids, a recipient domain, a sender, or all."""
 
     def __init__(self, directory: str, clock: Callable[[], float] = time.time) -> None:
+        self._directory = directory
         self._clock = clock
         try:
             os.stat(directory)
@@ -98,8 +100,8 @@ class QueueAdmin:
         return None
 
     def stats(self) -> dict[str, Any]:
-        """Counts: messages, octets, recipients by status, recipients waiting by lane, arrival of the oldest."""
-        out: dict[str, Any] = {"messages": 0, "octets": 0, "oldest": None, "recipients": {}, "lanes": {}}
+        """Counts: messages, octets, recipients by status, recipients waiting by lane, arrival of the oldest; and what workers do now."""
+        out: dict[str, Any] = {"messages": 0, "octets": 0, "oldest": None, "recipients": {}, "lanes": {}, **self._now()}
         for _, connection in self._shards:
             count, octets, oldest = connection.execute("SELECT count(*), sum(size), min(received_at) FROM message").fetchone()
             out["messages"] += count
@@ -110,6 +112,24 @@ class QueueAdmin:
                 rest = "WHERE status = 'queued'" if key == "lanes" else ""
                 for name, n in connection.execute(f"SELECT {column}, count(*) FROM recipient {rest} GROUP BY 1"):
                     out[key][name] = out[key].get(name, 0) + n
+        return out
+
+    def _now(self) -> dict[str, Any]:
+        """What living workers show (Store.publish): how many attempts are under way, those that take time (the oldest first), closed lanes."""
+        out: dict[str, Any] = {"under_way": 0, "attempts": [], "closed": []}
+        for number in schema.shards(self._directory):
+            try:
+                with open(schema.shard_path(self._directory, number, "now"), encoding="utf-8") as file:
+                    shown = json.load(file)
+                os.kill(int(shown["pid"]), 0)
+            except PermissionError:
+                pass  # it lives, as another account
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # nothing under way, or its worker is gone
+            out["under_way"] += shown.get("under_way", 0)
+            out["attempts"] += shown.get("attempts", [])
+            out["closed"] += shown.get("closed", [])
+        out["attempts"].sort(key=lambda attempt: attempt["since"])
         return out
 
     def trace(self, id: str) -> builtins.list[Event]:
@@ -134,7 +154,7 @@ class QueueAdmin:
         """Gives up now: the worker fails the open recipients and tells the sender."""
         return self._change(ids, choice, "bounced", "status = 'queued', next_attempt_at = 0, transport = 'fail', next_hop = '', "
                             "lane = 'fail:', facts = json_set(CASE facts WHEN '' THEN '{}' ELSE facts END, '$.fixed_transport', "
-                            "json('true'))", "r.status IN ('queued', 'held')")
+                            f"json('true'), '$.refused', '{GIVEN_UP}')", "r.status IN ('queued', 'held')")
 
     def delete(self, ids: Iterable[str] = (), **choice: Any) -> int:
         """Removes messages; nobody is told."""

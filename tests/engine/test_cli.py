@@ -124,10 +124,36 @@ def test_list_has_a_line_for_each_fact_and_one_of_sums(site: Site) -> None:
 def test_an_empty_queue(site: Site) -> None:
     assert site.run("queue", "list").stdout == "The queue is empty\n"
     assert site.json("queue", "list") == []
-    assert site.json("queue", "stats") == {"messages": 0, "octets": 0, "oldest": None, "recipients": {}, "lanes": {}, "maildrop": 0}
+    assert site.json("queue", "stats") == {"messages": 0, "octets": 0, "oldest": None, "recipients": {}, "lanes": {}, "maildrop": 0, "under_way": 0, "attempts": [], "closed": []}
     assert site.json("queue", "delete", "--all") == {"changed": 0}
     site.run("queue", "delete", "0123456789ABCDEF", status=1)
     site.run("queue", "delete", status=2)
+
+
+def test_stats_show_what_living_workers_have_under_way(site: Site) -> None:
+    for store in [site.store() for _ in range(3)]:  # all open at once: a shard each
+        store.close()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    directory = str(site.directory / "var/queue")
+    now = time.time()
+
+    def attempt(name: str, since: float) -> dict[str, Any]:
+        return {"id": name, "to": ["a@one.test", "b@one.test"], "transport": "outbound", "next_hop": "one.test", "since": since}
+
+    closed = {"lane": "outbound:dead.test", "until": START, "reason": "no\x1b connection"}
+    for number, shown in enumerate((
+            {"at": now, "pid": os.getpid(), "under_way": 5, "attempts": [attempt("YOUNG", now - 30)], "closed": [closed]},
+            {"at": now, "pid": os.getpid(), "under_way": 2, "attempts": [attempt("OLD", now - 7000)], "closed": []},
+            {"at": now, "pid": ended.pid, "under_way": 9, "attempts": [attempt("DEAD", now)], "closed": []}), 1):
+        Path(schema.shard_path(directory, number, "now")).write_text(json.dumps(shown))
+    found = site.json("queue", "stats")
+    assert (found["under_way"], [one["id"] for one in found["attempts"]], found["closed"]) == (7, ["OLD", "YOUNG"], [closed])
+    said = site.run("queue", "stats").stdout
+    assert f"closed outbound:dead.test: until {time_text(START)} (no\\x1b connection)\nin flight: 7\n" in said
+    assert "attempt OLD: for 1h56m to a@one.test, b@one.test via outbound:one.test\n" in said
+    Path(schema.shard_path(directory, 1, "now")).write_text("{broken")
+    assert site.json("queue", "stats")["under_way"] == 2
 
 
 def test_what_waits_in_the_maildrop_is_told(site: Site) -> None:
@@ -168,7 +194,8 @@ def test_show_cat_and_stats(site: Site) -> None:
     for command in ("show", "cat"):
         assert "is not queued" in site.run("queue", command, "0123456789ABCDEF", status=1).stderr
     counts = site.json("queue", "stats")
-    assert counts == {"messages": 1, "octets": 20, "oldest": START, "recipients": {"queued": 1}, "lanes": {"outbound:one.test": 1}, "maildrop": 0}
+    assert counts == {"messages": 1, "octets": 20, "oldest": START, "recipients": {"queued": 1}, "lanes": {"outbound:one.test": 1}, "maildrop": 0,
+                      "under_way": 0, "attempts": [], "closed": []}
     said = site.run("queue", "stats").stdout
     assert "messages: 1\nsize: 20 B\n" in said and "queued: 1 recipient\nlane outbound:one.test: 1 waiting\n" in said
 
