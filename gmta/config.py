@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from gmta.mail.address import AddressError, check_domain, domain_key, parse_mailbox
+from gmta.mail.reply import Reply
 
 FILES = ("config.ini", "/etc/gmta/config.ini")  # where `load` looks without a path, after $GMTA_CONFIG
 TRANSPORT_KEYS = ("type", "concurrency", "rate")  # what the core reads in [transport:NAME]
@@ -36,6 +37,8 @@ _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])?", re.I)
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d*)\s*([smhd])\w*\s*\Z")
 _UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9_.*-]+")
+_ON_REPLY = re.compile(r"([45][0-9x]{2})(?:\s+([45]\.[0-9x]+\.[0-9x]+))?(?:\s+(.*?))?\s*->\s*pause\s+(\S+)")
 
 
 EX_CONFIG = 78  # sysexits: the configuration is wrong, trying again does not help
@@ -101,6 +104,16 @@ def _domain(value: str) -> str:
     except AddressError as error:
         raise ValueError(f"a domain ({error})") from error
     return domain_key(value)
+
+
+def _mailbox(value: str) -> str:
+    """An address, or nothing."""
+    try:
+        if value:
+            parse_mailbox(value)
+    except AddressError as error:
+        raise ValueError(f"an address ({error})") from error
+    return value
 
 
 def _host_port(value: Any) -> Any:
@@ -496,6 +509,64 @@ class Limits(CoreSection):
     dkim_signatures: int = Field(10, ge=0)
 
 
+class ReplyRule:
+    """One line of [lane:NAME] on_reply: what a reply must begin with ("421 4.7.0 text", x for any digit), and the pause in seconds."""
+
+    __slots__ = ("_codes", "_text", "pause_s")
+
+    def __init__(self, codes: str, text: str, pause_s: float) -> None:
+        self._codes = re.compile(codes)
+        self._text = text
+        self.pause_s = pause_s
+
+    def matches(self, reply: Reply) -> bool:
+        """Whether it speaks of that reply."""
+        return self._codes.match(f"{reply.code} {reply.enhanced or ''} ") is not None and self._text in reply.text.lower()
+
+
+def reply_rules(text: str) -> tuple[ReplyRule, ...]:
+    """The rules of `on_reply`, one a line: CODE [ENHANCED] [TEXT] -> pause TIME. Raises ValueError."""
+    rules = []
+    for line in filter(None, map(str.strip, text.split("\n"))):
+        match = _ON_REPLY.fullmatch(line)
+        if match is None:
+            raise ValueError("lines such as 421 4.7.0 -> pause 10m")
+        code, enhanced, words, pause = match.groups(default="")
+        codes = code.replace("x", r"\d") + " " + (re.escape(enhanced).replace("x", r"\d+") + " " if enhanced else "")
+        rules.append(ReplyRule(codes, words.lower(), _duration(pause)))
+    return tuple(rules)
+
+
+def _on_reply(text: str) -> str:
+    reply_rules(text)
+    return text
+
+
+def _name_pattern(text: str) -> str:
+    """A host or domain name in which * stands for anything."""
+    if _NAME_PATTERN.fullmatch(text) is None:
+        raise ValueError("names such as example.org or *.example.org")
+    return text
+
+
+class LaneSection(CoreSection):
+    """[lane:NAME]: what all mail to some domains, or to the mail hosts of an operator, has to share."""
+
+    match: list[Annotated[str, AfterValidator(_name_pattern)]] = Field([], description="recipients' domains")
+    match_mx: list[Annotated[str, AfterValidator(_name_pattern)]] = Field([], description="MX hosts of recipients' domains")
+    rate: Annotated[str | None, AfterValidator(_rate)] = Field(None, description="deliveries, such as 20/min")
+    connections: int = Field(0, ge=0, description="deliveries at a time; 0: no bound of its own")
+    on_reply: Annotated[str, AfterValidator(_on_reply)] = Field("", description="CODE [ENHANCED] [TEXT] -> pause TIME, one a line")
+
+
+class QueueDomain(CoreSection):
+    """[queue:DOMAIN]: keys of [queue] that differ for recipients there."""
+
+    retry: list[Duration] | None = Field(None, min_length=1)
+    lifetime: Duration | None = None
+    warn_after: Duration | None = None
+
+
 class Queue(CoreSection):
     """[queue]"""
 
@@ -505,7 +576,10 @@ class Queue(CoreSection):
     bounce_lifetime: Duration = "1d"  # type: ignore[assignment]
     warn_after: Duration = Field("4h", description="0: no delay notices")  # type: ignore[assignment]
     history: Duration = Field("7d", description="how long settled messages can be traced")  # type: ignore[assignment]
-    window: int = Field(1000, ge=1, description="messages held in memory a worker")
+    window: int = Field(1000, ge=1, description="messages that wait in memory, a worker")
+    deliveries: int = Field(1000, ge=1, description="deliveries at a time, a worker")
+    return_message: Literal["trusted", "always", "never"] = Field("trusted", description="whose message goes back whole in a report of failure")
+    double_bounce: Annotated[str, AfterValidator(_mailbox)] = Field("", description="who is told when a report can't be delivered")
 
 
 class Plugins(CoreSection):
@@ -564,20 +638,21 @@ _CORE: dict[str, type[CoreSection]] = {
 }
 _TABLES = ("route", "tls_policy")  # sections whose keys are domains and the like
 TLS_LEVELS = ("none", "may", "encrypt", "verify")
-_NAMED = ("listener", "plugin", "transport", "tls")
+_NAMED = ("listener", "plugin", "transport", "tls", "lane", "queue")
 
 
 class Config:
     """The whole configuration, checked.
 
     file, base: the file and its folder.  gmta, tls, domains, limits, queue, plugins, dns, tlsrpt, metrics: the sections.
-    listeners: name -> Listener.  tls_names: server name -> Tls.  plugin, transports: name -> Section (text).
+    listeners: name -> Listener.  tls_names: server name -> Tls.  lanes: name -> LaneSection, in the order of the file.
+    queue_domains: domain or .domain -> QueueDomain.  plugin, transports: name -> Section (text).
     route: address, domain, .subdomain, local or *, or from: and a sender's address or domain -> transport, fail, hold or discard.
     tls_policy: domain, .subdomain or * -> what TLS with it must be.
     """
 
-    __slots__ = ("base", "dns", "domains", "file", "gmta", "limits", "listeners", "look", "metrics", "plugin",
-                 "plugins", "queue", "route", "sections", "tls", "tls_names", "tls_policy", "tlsrpt", "transports")
+    __slots__ = ("base", "dns", "domains", "file", "gmta", "lanes", "limits", "listeners", "look", "metrics", "plugin",
+                 "plugins", "queue", "queue_domains", "route", "sections", "tls", "tls_names", "tls_policy", "tlsrpt", "transports")
 
     gmta: Gmta
     tls: Tls
@@ -596,6 +671,8 @@ class Config:
         self.sections = sections
         self.listeners: dict[str, Listener] = {}
         self.tls_names: dict[str, Tls] = {}
+        self.lanes: dict[str, LaneSection] = {}
+        self.queue_domains: dict[str, QueueDomain] = {}
         self.plugin: dict[str, Section] = {}
         self.transports: dict[str, Section] = {}
         self.route: dict[str, str] = {}
@@ -655,6 +732,13 @@ class Config:
                 self.tls_names[domain_key(name)] = self.validate(Tls, section)
             elif kind == "plugin":
                 self.plugin[name] = section
+            elif kind == "lane":
+                self.lanes[name] = self.validate(LaneSection, section)
+                if not self.lanes[name].match and not self.lanes[name].match_mx:
+                    return [f"{section.where()}: expected match or match_mx, to say what it is about"]
+            elif kind == "queue":
+                dot = "." if name.startswith(".") else ""
+                self.queue_domains[dot + domain_key(name.removeprefix("."))] = self.validate(QueueDomain, section)
             else:
                 if name in TARGETS:
                     return [f"{section.where()}: expected another name, {name} is a route target of its own"]

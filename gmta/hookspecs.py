@@ -16,7 +16,7 @@ parameters than stated, by name. Calls are made by gmta/plugins.py; this module 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import pluggy
@@ -66,6 +66,7 @@ class Delivery:
     """What a transport is to deliver: one message to recipients that share transport and next hop.
 
     first_attempt: False where an earlier attempt may have gone through unrecorded.
+    attempts: what `tried` was told, in that order.
     """
 
     envelope: Envelope
@@ -74,6 +75,11 @@ class Delivery:
     transport: str
     next_hop: str = ""
     first_attempt: bool = True
+    attempts: list[Outcome] = field(default_factory=list)
+
+    def tried(self, outcome: Outcome) -> None:
+        """Notes a host that would not take the message, before the next one is tried: it goes to the log and the history."""
+        self.attempts.append(outcome)
 
 
 class Transport(Protocol):

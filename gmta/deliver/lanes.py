@@ -1,25 +1,46 @@
-"""Lanes: one line per (transport, next hop) with its own workers, concurrency, rate and back-off.
+"""Lanes: one line per (transport, next hop), with its own concurrency and back-off, served in turns by one pool of greenlets.
 
-A lane's workers are greenlets that live as long as there is work for them, so that a message costs a queue hand-over
-and no spawn. Each lane has its own, so a busy destination never starves the rest. What a job does is the scheduler's
-`run`; it answers with how the next hop behaved. A next hop that fails as a whole (connection, greeting) closes its lane
-for a while: what waits in it is handed back through `postpone`, and afterwards one job alone probes it. Where other
-connections of the lane still succeed, its concurrency shrinks instead. An exception of `run` ends nothing: it is logged.
+Turns: a lane that has work stands once in the ring; who takes it runs one job and lets the next lane come, so a busy destination
+never starves the rest. `deliveries` bounds what a worker has under way. Dead destinations can't take it all: lanes being probed,
+and lanes without a success of late whose mail was tried before, get at most half, and an attempt longer than SLOW_S makes room
+for another beside it, up to as many again.
+Feedback: a lane to a next hop starts with one job at a time and grows with each success, as TCP does; a failure of the next hop as
+a whole (connection, greeting, 421) halves it, and at the bottom closes it. A closed lane's jobs are handed back unspent
+(`give_back`); when its pause is over one job probes it, and each failed probe doubles the pause.
+Gates: a [lane:NAME] section bounds rate and connections of all lanes that its domains or the MX hosts of their domains match, and
+closes them for a while where a remote says what `on_reply` names. Rates and connections are a whole gmta's: each worker has its share.
+What a job does is the scheduler's `run`; routing and the store are left to others. An exception of `run` ends nothing here.
+Memory: MAX_LANES lanes are remembered; past that the longest unused are forgotten, which only costs what was learnt about them.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import heapq
+import math
+import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from enum import Enum
+from itertools import count
 from typing import Any
 
 import gevent
 from gevent.queue import SimpleQueue
 
-from gmta.config import rate_gap
+from gmta.config import LaneSection, ReplyRule, rate_gap, reply_rules
+from gmta.mail.reply import Reply
 
 DEFAULT_CONCURRENCY = 20
+MAX_LANES = 10_000
+MAX_PAUSE_S = 1800.0
+SLOW_S = 5.0
+TICK_S = 1.0  # how often `tick` is called from outside
 _IDLE_LANE_S = 60.0
+_FAILED_LANE_S = 3600.0
+_SWEEP_S = 10.0
+_MX_FOR_S = 3600.0  # how long a lane stays with the gate that its MX hosts gave it
+_SPARE = 20  # greenlets that may idle
 
 
 class Health(Enum):
@@ -30,200 +51,468 @@ class Health(Enum):
     UNKNOWN = 3
 
 
-class Lane:
-    """Backlog and workers of one (transport, next hop)."""
+class Gate:
+    """What the lanes of one [lane:NAME] share in this worker. gap_s: seconds between two jobs; connections: jobs at a time, 0: any."""
 
-    __slots__ = (
-        "_queue",
-        "_tick",
-        "_waiting",
-        "active",
-        "backlog",
-        "failures",
-        "key",
-        "lanes",
-        "last_reply",
-        "last_success",
-        "limit",
-        "maximum",
-        "paused_until",
-        "rate_gap_s",
-        "used_at",
-        "workers",
-    )
+    __slots__ = ("active", "connections", "domains", "gap_s", "hosts", "name", "next_at", "rules", "said", "timed", "until", "waiting")
 
-    def __init__(self, lanes: Lanes, key: tuple[str, str], concurrency: int, rate_gap_s: float) -> None:
-        self.lanes = lanes
-        self.key = key
-        self.maximum = concurrency
-        self.limit: float = concurrency
-        self.rate_gap_s = rate_gap_s
-        self._queue: SimpleQueue = SimpleQueue()
-        self._waiting = 0
-        self._tick = 0.0
-        self.workers: set[gevent.Greenlet] = set()
-        self.backlog = 0
+    def __init__(self, name: str, section: LaneSection, workers: int) -> None:
+        self.name = name
+        self.domains = _patterns(section.match)
+        self.hosts = _patterns(section.match_mx)
+        self.gap_s = rate_gap(section.rate) * workers
+        self.connections = -(-section.connections // workers)
+        self.rules: tuple[ReplyRule, ...] = reply_rules(section.on_reply)
         self.active = 0
-        self.failures = 0
+        self.next_at = 0.0
+        self.until = 0.0  # closed till then
+        self.said = ""
+        self.waiting: deque[Lane] = deque()  # lanes that wait for their turn through the gate
+        self.timed = False
+
+    def lets(self, now: float) -> bool:
+        """Whether a job may begin now."""
+        return self.next_at <= now and (not self.connections or self.active < self.connections)
+
+
+class Lane:
+    """Backlog and state of one (transport, next hop)."""
+
+    __slots__ = ("active", "failed_at", "failures", "gap_s", "gate", "gate_until", "jobs", "key", "last_reply", "limit", "maximum", "name",
+                 "next_at", "placed", "proven", "threshold", "until", "used_at")
+
+    def __init__(self, key: tuple[str, str], maximum: int, gap_s: float, limit: float) -> None:
+        self.key = key
+        self.name = ":".join(key)
+        self.maximum = maximum
+        self.limit = limit  # jobs at a time, now
+        self.threshold: float = maximum  # past it the lane grows slowly
+        self.gap_s = gap_s
+        self.jobs: deque[Any] | None = None  # an empty deque is larger than all the rest
+        self.active = 0
+        self.placed = False  # in the ring, or waiting for a gate or a time
+        self.gate: Gate | None = None
+        self.gate_until = 0.0  # when to ask again which gate it has
+        self.proven = limit > 1
+        self.failures = 0  # probes failed one after another
+        self.failed_at = 0.0
+        self.until = 0.0  # closed till then
+        self.next_at = 0.0
         self.last_reply = ""
-        self.last_success = 0.0
-        self.paused_until = 0.0
         self.used_at = 0.0
 
-    def put(self, job: Any) -> None:
-        """Queues a job and sees that a worker will take it."""
-        self.backlog += 1
-        self._queue.put(job)
-        if self.backlog > self._waiting and len(self.workers) < self.limit and not self.lanes.stopping:
-            self._start_worker()
-
-    def _start_worker(self) -> None:
-        worker = gevent.Greenlet(self._work)
-        self.workers.add(worker)
-        worker.start()
-
-    def _work(self) -> None:
-        """A worker's life: take a job, run it, take the next."""
-        me = gevent.getcurrent()
-        queue, lanes = self._queue, self.lanes
-        try:
-            while True:
-                self._waiting += 1
-                try:
-                    job = queue.get()
-                finally:
-                    self._waiting -= 1
-                if job is None:
-                    return
-                if self.active >= self.limit:  # the lane shrank: those at work take it up
-                    queue.put(job)
-                    return
-                self.backlog -= 1
-                now = self.used_at = lanes.clock()
-                if now < self.paused_until:
-                    lanes.postpone(self, job)
-                    continue
-                if self.rate_gap_s:
-                    self._tick = max(self._tick + self.rate_gap_s, now)
-                    if self._tick > now:
-                        gevent.sleep(self._tick - now)
-                self.active += 1
-                try:
-                    health = lanes.run(job)
-                finally:
-                    self.active -= 1
-                if health is Health.GOOD:
-                    if self.failures or self.limit < self.maximum:
-                        self._recover()
-                    self.last_success = now
-                elif health is Health.BAD:
-                    self._back_off()
-                if lanes.stopping or len(self.workers) > max(1.0, self.limit):
-                    return
-        finally:
-            self.workers.discard(me)
-            if self.backlog and not self.workers and not lanes.stopping:
-                self._start_worker()
-
-    def _recover(self) -> None:
-        """A success: the lane opens, by one connection a success."""
-        self.failures = 0
-        self.paused_until = 0.0
-        self.limit = min(self.maximum, self.limit + 1)
-        missing = min(self.backlog - self._waiting, int(self.limit) - len(self.workers))
-        for _ in range(missing):
-            self._start_worker()
-
-    def _back_off(self) -> None:
-        """The next hop failed as a whole: fewer connections while others succeed, else a pause and then one probe."""
-        now = self.lanes.clock()
-        if self.active and self.last_success > now - self.lanes.pause_s and not self.failures:
-            self.limit = max(1.0, self.active)
-            return
-        self.failures += 1
-        self.limit = 1
-        self.paused_until = now + self.lanes.pause_s
-
-    def resume(self) -> None:
-        """Opens a paused lane at once (an operator's retry)."""
-        self.paused_until = 0.0
-
-    def dismiss(self) -> None:
-        """Lets idle workers end."""
-        for _ in range(self._waiting):
-            self._queue.put(None)
-
     @property
-    def idle(self) -> bool:
-        """Nothing waits here, nothing runs, and there is no failure to remember."""
-        return not self.backlog and not self.active and len(self.workers) == self._waiting
+    def backlog(self) -> int:
+        """Jobs that wait."""
+        return len(self.jobs) if self.jobs else 0
 
 
 class Lanes:
-    """All lanes of a worker, made when first used and dropped when idle.
+    """All lanes of a worker, made when first used.
 
-    run(job) -> Health does a job; postpone(lane, job) takes back one whose lane is closed; pause_s: how long a failed
-    next hop is left alone; clock: Unix seconds.
+    run(lane, job) -> Health does a job; give_back(lane, job) takes one back undone; opened() hears that a lane takes jobs again;
+    clock: Unix seconds; exchangers(domain) -> names of its MX hosts, may block; later(seconds, callback): a timer.
+    `tick` is to be called every TICK_S. A job's attribute `again` tells that its mail was tried before.
     """
 
-    def __init__(self, config: Any, transports: dict[str, Any], run: Callable[[Any], Health],
-                 postpone: Callable[[Lane, Any], None], pause_s: float, clock: Callable[[], float]) -> None:
-        self._config = config
+    def __init__(self, config: Any, transports: dict[str, Any], run: Callable[[Lane, Any], Health], give_back: Callable[[Lane, Any], None],
+                 opened: Callable[[], None], clock: Callable[[], float], exchangers: Callable[[str], list[str]],
+                 later: Callable[[float, Callable[[], None]], Any] = gevent.spawn_later) -> None:
         self._transports = transports
-        self.run = run
-        self.postpone = postpone
-        self.pause_s = pause_s
-        self.clock = clock
-        self.stopping = False
+        self._sections = config.transports
+        self._run = run
+        self._give_back = give_back
+        self._opened = opened
+        self._clock = clock
+        self._exchangers = exchangers
+        self._later = later
+        self._workers: int = config.gmta.workers
+        self._first_pause_s = config.queue.retry[0]
+        self._last_pause_s = min(MAX_PAUSE_S, max(config.queue.retry))
+        self._bound: int = config.queue.deliveries
+        self._allowed = self._bound
+        self.gates = [Gate(name, section, self._workers) for name, section in config.lanes.items()]
+        self._by_host = [gate for gate in self.gates if gate.hosts is not None]
         self._lanes: dict[tuple[str, str], Lane] = {}
+        self._ring: SimpleQueue = SimpleQueue()
+        self._greenlets: set[gevent.Greenlet] = set()
+        self._idle = 0
+        self._peak = 0  # most jobs under way since the last sweep
+        self._swept_at = 0.0
+        self._doubtful = 0  # jobs under way that may well fail
+        self._patient: deque[Lane] = deque()  # lanes that wait until there are fewer of those
+        self._filled: set[Lane] = set()  # lanes with jobs waiting
+        self._closed: dict[str, Lane] = {}
+        self._probing: dict[str, Lane] = {}  # the pause is over, nothing has succeeded yet
+        self._times: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self._serial = count()
+        self.under_way: dict[Any, tuple[Lane, float]] = {}  # job -> its lane, when it began; the oldest first
+        self.stopping = False
 
     def __iter__(self) -> Iterator[Lane]:
         return iter(list(self._lanes.values()))
 
-    def lane(self, transport: str, next_hop: str) -> Lane:
-        """The lane of a transport and next hop."""
-        key = (transport, next_hop)
-        lane = self._lanes.get(key)
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    # --- what comes in --------------------------------------------------------------------------------------------
+
+    def put(self, transport: str, next_hop: str, job: Any, most: float) -> Lane | None:
+        """Queues a job. The lane where it can't be taken now: it is closed, or being probed, or `most` jobs wait there."""
+        lane = self._lanes.get((transport, next_hop))
         if lane is None:
-            concurrency, gap = self._settings(transport)
-            lane = self._lanes[key] = Lane(self, key, concurrency, gap)
+            lane = self._make((transport, next_hop))
+        jobs = lane.jobs
+        if lane.failures or (lane.gate is not None and lane.gate.until):
+            if jobs or lane.active or self._closed_till(lane) > self._clock():
+                return lane
+        elif jobs and len(jobs) >= most:
+            return lane
+        if jobs is None:
+            jobs = lane.jobs = deque()
+        jobs.append(job)
+        self._filled.add(lane)
+        if not lane.placed and lane.active < lane.limit:
+            self._place(lane)
+        return None
+
+    def rooms(self, most: float) -> tuple[list[str], list[str]]:
+        """Names of lanes that take nothing more now (closed, being probed, `most` jobs wait), and of those that take one job."""
+        busy = [*self._closed, *(lane.name for lane in self._filled if lane.backlog >= most)]
+        probing: list[str] = []
+        for name, lane in self._probing.items():
+            (busy if lane.jobs or lane.active else probing).append(name)
+        return busy, probing
+
+    def _make(self, key: tuple[str, str]) -> Lane:
+        if len(self._lanes) >= MAX_LANES:
+            self._forget()
+        section = self._sections.get(key[0]) or {}
+        transport = self._transports.get(key[0])
+        given = int(section.get("concurrency") or 0)
+        maximum = max(1, -(-given // self._workers) or getattr(transport, "concurrency", 0) or DEFAULT_CONCURRENCY)
+        # slow start is for those who have a next hop: a disk needs none
+        lane = self._lanes[key] = Lane(key, maximum, rate_gap(section.get("rate")) * self._workers,
+                                       1 if hasattr(transport, "next_hop") else maximum)
+        lane.used_at = self._clock()
+        for gate in self.gates:
+            if gate.domains is not None and gate.domains.match(key[1]):
+                lane.gate, lane.gate_until = gate, math.inf
+                break
         return lane
 
-    def put(self, transport: str, next_hop: str, job: Any) -> None:
-        """Queues a job in its lane."""
-        self.lane(transport, next_hop).put(job)
+    def _forget(self) -> None:
+        """Drops a tenth of the lanes: idle ones, those open first, the longest unused first."""
+        idle = sorted((lane for lane in self._lanes.values() if _is_idle(lane)), key=lambda lane: (lane.failures > 0, lane.used_at))
+        for lane in idle[:max(1, MAX_LANES // 10)]:
+            self._drop(lane)
 
-    def _settings(self, name: str) -> tuple[int, float]:
-        """(concurrency, seconds between jobs) of a transport: its section's keys, else its own default."""
-        section = self._config.transports.get(name) or {}
-        transport = self._transports.get(name)
-        concurrency = int(section.get("concurrency") or getattr(transport, "concurrency", 0) or DEFAULT_CONCURRENCY)
-        return max(1, concurrency), rate_gap(section.get("rate"))
+    def _drop(self, lane: Lane) -> None:
+        del self._lanes[lane.key]
+        self._closed.pop(lane.name, None)
+        self._probing.pop(lane.name, None)
 
-    def busy(self, backlog: int) -> list[str]:
-        """Keys ("transport:next_hop") of lanes that should get nothing more: `backlog` jobs wait, or closed."""
-        now = self.clock()
-        return [":".join(lane.key) for lane in self._lanes.values() if lane.backlog >= backlog or lane.paused_until > now]
+    # --- turns ----------------------------------------------------------------------------------------------------
+
+    def _place(self, lane: Lane) -> None:
+        """Puts a lane into the ring and sees that somebody takes it."""
+        lane.placed = True
+        self._ring.put(lane)
+        if self._idle < self._ring.qsize() and len(self._greenlets) < self._allowed and not self.stopping:
+            self._start()
+
+    def _start(self) -> None:
+        greenlet = gevent.Greenlet(self._work)
+        self._greenlets.add(greenlet)
+        greenlet.start()
+
+    def _work(self) -> None:
+        """A greenlet's life: take the next lane, run one of its jobs."""
+        me = gevent.getcurrent()
+        ring, clock = self._ring, self._clock
+        try:
+            while not self.stopping and len(self._greenlets) <= self._allowed:
+                self._idle += 1
+                try:
+                    lane = ring.get()
+                finally:
+                    self._idle -= 1
+                if lane is None:
+                    return
+                lane.placed = False
+                now = lane.used_at = clock()
+                plain = lane.proven and not self.gates and not lane.gap_s
+                if not (lane.jobs and lane.active < lane.limit if plain else self._may_go(lane, now)):
+                    continue
+                self._do(lane, None if plain else lane.gate, now)
+        finally:
+            self._greenlets.discard(me)
+            if self._ring.qsize() > self._idle and len(self._greenlets) < self._allowed and not self.stopping:
+                self._start()
+
+    def _do(self, lane: Lane, gate: Gate | None, now: float) -> None:
+        """Runs the lane's next job and learns from it."""
+        jobs = lane.jobs
+        assert jobs
+        job = jobs.popleft()
+        lane.active += 1
+        doubtful = not lane.proven and _is_doubtful(lane, job)
+        if doubtful:
+            self._doubtful += 1
+        if not jobs:
+            self._filled.discard(lane)
+        elif lane.active < lane.limit:
+            self._place(lane)
+        self.under_way[job] = (lane, now)
+        if len(self.under_way) > self._peak:
+            self._peak = len(self.under_way)
+        health = Health.UNKNOWN
+        try:
+            health = self._run(lane, job)
+        finally:
+            del self.under_way[job]
+            lane.active -= 1
+            if doubtful:
+                self._doubtful -= 1
+            if gate is not None:
+                gate.active -= 1
+                self._call(gate)
+            if health is Health.GOOD:
+                if not lane.proven or lane.limit < lane.maximum:
+                    self._grow(lane)
+            elif health is Health.BAD and now >= lane.failed_at:  # what began before the last failure says nothing new
+                self._shrink(lane)
+            elif lane.failures:
+                self._opened()
+            if self._patient:
+                self._call_patient()
+            if lane.jobs and not lane.placed and lane.active < lane.limit:
+                self._place(lane)
+
+    def _may_go(self, lane: Lane, now: float) -> bool:
+        """Whether a lane's next job may begin, as far as gates, rates and closed lanes go; if not, it waits where it will be called."""
+        if lane.gate_until <= now and self._by_host and lane.key[1]:
+            self._find_gate(lane, now)
+            now = self._clock()
+        gate = lane.gate
+        if self._closed_till(lane) > now:
+            self._close(lane)
+        elif lane.jobs and lane.active < lane.limit:
+            if not lane.proven and _is_doubtful(lane, lane.jobs[0]) and self._doubtful >= max(1, self._bound // 2):
+                self._patient.append(lane)
+                lane.placed = True
+            elif gate is not None and not gate.lets(now):
+                gate.waiting.append(lane)
+                lane.placed = True
+            elif lane.next_at > now:
+                lane.placed = True
+                self._at(lane.next_at, self._place, lane)
+            else:
+                lane.next_at = _next_at(lane, now)
+                if gate is not None:
+                    gate.active += 1
+                    gate.next_at = _next_at(gate, now)
+                    self._call(gate)
+                return True
+        if gate is not None:
+            self._call(gate)
+        if self._patient:
+            self._call_patient()
+        return False
+
+    def _call(self, gate: Gate) -> None:
+        """Calls the next lane that waits for a gate, where the gate lets one through, or sees to it that it will be."""
+        if not gate.waiting:
+            return
+        now = self._clock()
+        if gate.lets(now):
+            self._place(gate.waiting.popleft())
+        elif gate.next_at > now and not gate.timed:
+            gate.timed = True
+            self._at(gate.next_at, self._call_timed, gate)
+
+    def _call_timed(self, gate: Gate) -> None:
+        gate.timed = False
+        self._call(gate)
+
+    def _call_patient(self) -> None:
+        if self._doubtful < max(1, self._bound // 2):
+            self._place(self._patient.popleft())
+
+    # --- feedback -------------------------------------------------------------------------------------------------
+
+    def _grow(self, lane: Lane) -> None:
+        """A success: one more job at a time, past the threshold one a round."""
+        lane.proven = True
+        lane.limit = min(float(lane.maximum), lane.limit + (1 if lane.limit < lane.threshold else 1 / lane.limit))
+        if lane.failures:
+            lane.failures = 0
+            lane.until = 0.0
+            self._probing.pop(lane.name, None)
+            if self._closed_till(lane) <= self._clock():
+                self._closed.pop(lane.name, None)
+            self._opened()
+
+    def _shrink(self, lane: Lane) -> None:
+        """The next hop failed as a whole: half as many at a time; where that is less than one, a pause and then a probe."""
+        half = lane.limit / 2
+        if half >= 1 and lane.proven:
+            lane.limit = lane.threshold = half
+            return
+        now = self._clock()
+        lane.failures += 1
+        lane.failed_at = now
+        lane.proven = False
+        lane.limit = 1
+        lane.threshold = max(2.0, lane.threshold / 2)
+        lane.until = now + self.pause_s(lane.failures)
+        self._close(lane)
+
+    def pause_s(self, failures: int) -> float:
+        """How long a lane is closed after so many failed probes: the first pause of `retry`, doubled each time, up to the longest."""
+        return min(self._first_pause_s * 2.0 ** min(failures - 1, 40), self._last_pause_s)
+
+    def heard(self, lane: Lane, reply: Reply) -> float:
+        """Judges what a remote said by the `on_reply` of the lane's gate; seconds that it is closed now, 0 where no rule matches."""
+        gate = lane.gate
+        rule = None if gate is None else next((rule for rule in gate.rules if rule.matches(reply)), None)
+        if gate is None or rule is None:
+            return 0.0
+        now = self._clock()
+        gate.until = max(gate.until, now + rule.pause_s)
+        gate.said = str(reply)[:200]
+        for other in self:
+            if other.gate is gate:
+                self._close(other)
+        self._at(gate.until, self._open_gate, gate)
+        return gate.until - now
+
+    # --- closed lanes ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _closed_till(lane: Lane) -> float:
+        gate = lane.gate
+        return lane.until if gate is None or gate.until < lane.until else gate.until
+
+    def reason(self, lane: Lane) -> str:
+        """Why a lane is closed or probed, for people; "" where it is open."""
+        gate = lane.gate
+        if gate is not None and gate.until > max(lane.until, self._clock()):
+            return f"Delivery suspended by [lane:{gate.name}] after the reply: {gate.said}"
+        return f"Delivery suspended, the next hop failed: {lane.last_reply}" if lane.failures else ""
+
+    def _close(self, lane: Lane) -> None:
+        """Hands a closed lane's jobs back and sees that it is opened in time."""
+        self._closed[lane.name] = lane
+        self._probing.pop(lane.name, None)
+        self._filled.discard(lane)
+        self._at(self._closed_till(lane), self._open, lane)
+        jobs, lane.jobs = lane.jobs, None
+        for job in jobs or ():
+            self._give_back(lane, job)
+
+    def _open(self, lane: Lane) -> None:
+        """A lane's pause is over; one that failed is still to be probed."""
+        if self._closed.get(lane.name) is lane and self._closed_till(lane) <= self._clock():
+            del self._closed[lane.name]
+            if lane.failures:
+                self._probing[lane.name] = lane
+            self._opened()
+
+    def _open_gate(self, gate: Gate) -> None:
+        if gate.until <= self._clock():
+            gate.until = 0.0
+            self._call(gate)
 
     def resume_all(self) -> None:
-        """Opens all paused lanes."""
-        for lane in self._lanes.values():
-            lane.resume()
+        """Opens all closed lanes and gates (an operator's retry); what failed is still probed by one job."""
+        for gate in self.gates:
+            gate.until = 0.0
+        for lane in list(self._closed.values()):
+            lane.until = 0.0
+            self._open(lane)
 
-    def sweep(self) -> None:
-        """Drops lanes unused for a minute with their idle workers."""
-        now = self.clock()
-        for key, lane in list(self._lanes.items()):
-            if lane.idle and lane.used_at < now - _IDLE_LANE_S and lane.paused_until < now:
-                lane.dismiss()
-                del self._lanes[key]
+    def closed(self) -> Iterator[tuple[Lane, float]]:
+        """Closed lanes, with the time when they open."""
+        return ((lane, self._closed_till(lane)) for lane in list(self._closed.values()))
+
+    def _find_gate(self, lane: Lane, now: float) -> None:
+        """Looks up the MX hosts of a lane's domain; the first gate that names one is the lane's. Blocks: others take their turns."""
+        lane.placed = True
+        lane.gate_until = now + _MX_FOR_S
+        try:
+            names = [name.lower().rstrip(".") for name in self._exchangers(lane.key[1])]
+        finally:
+            lane.placed = False
+        lane.gate = next((gate for gate in self._by_host if gate.hosts is not None and any(map(gate.hosts.match, names))), None)
+
+    # --- time -----------------------------------------------------------------------------------------------------
+
+    def _at(self, at: float, call: Callable[[Any], None], what: Lane | Gate) -> None:
+        """Has `call(what)` called at that time, by the next `tick` past it or, where that would be late, by a timer."""
+        heapq.heappush(self._times, (at, next(self._serial), call, what))
+        wait_s = at - self._clock()
+        if wait_s < TICK_S:
+            self._later(max(0.0, wait_s), self._ring_times)
+
+    def _ring_times(self) -> None:
+        now = self._clock()
+        while self._times and self._times[0][0] <= now:
+            _, _, call, what = heapq.heappop(self._times)
+            call(what)
+
+    def tick(self) -> None:
+        """What is to be done every TICK_S; never blocks."""
+        self._ring_times()
+        now = self._clock()
+        slow = 0
+        for _, began in self.under_way.values():
+            if began > now - SLOW_S:
+                break
+            slow += 1
+        self._allowed = self._bound + min(self._bound, slow)
+        for _ in range(min(len(self._patient), self._bound // 2 - self._doubtful)):
+            self._place(self._patient.popleft())
+        for _ in range(min(self._ring.qsize() - self._idle, self._allowed - len(self._greenlets))):
+            self._start()
+        if now >= self._swept_at + _SWEEP_S:
+            self._swept_at = now
+            self._sweep(now)
+
+    def _sweep(self, now: float) -> None:
+        """Drops lanes that nothing is to be remembered of, and lets greenlets go that were not needed of late."""
+        for lane in list(self._lanes.values()):
+            if _is_idle(lane):
+                lane.jobs = None
+                if lane.used_at < now - _IDLE_LANE_S and (not lane.failures or lane.until < now - _FAILED_LANE_S):
+                    self._drop(lane)
+        for _ in range(min(self._idle, len(self._greenlets) - self._peak - _SPARE)):
+            self._ring.put(None)
+        self._peak = len(self.under_way)
 
     def stop(self, timeout_s: float) -> None:
-        """Lets running jobs end within timeout_s, then ends their workers; queued jobs stay unrun (their claims lapse)."""
+        """Lets running jobs end within timeout_s, then ends their greenlets; queued jobs stay undone (their claims lapse)."""
         self.stopping = True
-        workers: list[gevent.Greenlet] = []
-        for lane in self._lanes.values():
-            lane.dismiss()
-            workers += lane.workers
-        gevent.joinall(workers, timeout=timeout_s)
-        gevent.killall([worker for worker in workers if not worker.dead], timeout=2)
+        greenlets = list(self._greenlets)
+        for _ in range(self._idle):
+            self._ring.put(None)
+        gevent.joinall(greenlets, timeout=timeout_s)
+        gevent.killall([greenlet for greenlet in greenlets if not greenlet.dead], timeout=2)
+
+
+def _is_idle(lane: Lane) -> bool:
+    return not lane.jobs and not lane.active and not lane.placed
+
+
+def _next_at(what: Lane | Gate, now: float) -> float:
+    """When the job after one that begins now may begin; one that began late does not delay those behind it."""
+    return max(what.next_at, now - min(what.gap_s / 2, TICK_S)) + what.gap_s if what.gap_s else 0.0
+
+
+def _is_doubtful(lane: Lane, job: Any) -> bool:
+    return lane.failures > 0 or bool(job.again)
+
+
+def _patterns(words: list[str]) -> re.Pattern[str] | None:
+    """Matches names that one of the patterns (*.google.com) does, in lower case."""
+    return re.compile("|".join(fnmatch.translate(word.lower().rstrip(".")) for word in words)) if words else None

@@ -19,7 +19,10 @@ HELD = "held"
 
 @dataclass(slots=True)
 class RecipientState:
-    """One recipient's state in the queue; number is its place in the envelope, times are Unix seconds."""
+    """One recipient's state in the queue; number is its place in the envelope, times are Unix seconds.
+
+    refused: the reply ("550 5.7.1 text") that a recipient fails with undelivered, given by a check or by the postmaster; else "".
+    """
 
     number: int
     address: Address
@@ -34,6 +37,7 @@ class RecipientState:
     next_attempt_at: float = 0.0
     last_reply: str = ""
     warned: bool = False
+    refused: str = ""
 
     def facts(self) -> dict[str, Any]:
         """What never changes after the message is queued, for the store's JSON column."""
@@ -46,6 +50,8 @@ class RecipientState:
             out["notify"] = sorted(self.notify)
         if self.fixed_transport:
             out["fixed_transport"] = True
+        if self.refused:
+            out["refused"] = self.refused
         return out
 
 

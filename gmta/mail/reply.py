@@ -24,7 +24,7 @@ _UNSAFE = re.compile(r"[\x00-\x1f\x7f]")
 class Reply:
     """One SMTP reply: `code` 200..599, `enhanced` like "5.7.1" or None, `lines` of text without CR or LF."""
 
-    __slots__ = ("_wire", "code", "enhanced", "lines")
+    __slots__ = ("_said", "_wire", "code", "enhanced", "lines")
 
     def __init__(self, code: int, enhanced: str | None, *lines: str) -> None:
         if not 200 <= code <= 599:
@@ -42,6 +42,7 @@ class Reply:
         self.enhanced = enhanced
         self.lines: tuple[str, ...] = lines or ("",)
         self._wire: bytes | None = None
+        self._said = ""  # what a remote's lines said behind the code, where that is more than `lines` tell
 
     @property
     def positive(self) -> bool:
@@ -88,6 +89,8 @@ class Reply:
         return b"".join(code + (b" " if n == last else b"-") + head + text + b"\r\n" for n, text in enumerate(lines))
 
     def __str__(self) -> str:
+        if self._said:
+            return f"{self.code} {self._said}"
         return f"{self.code} {self.enhanced + ' ' if self.enhanced else ''}{self.text}"
 
     def __repr__(self) -> str:
@@ -113,6 +116,7 @@ class Reply:
         code = 0
         enhanced: str | None = None
         texts: list[str] = []
+        said: list[str] = []
         for number, raw in enumerate(lines):
             match = _LINE.match(raw)
             if match is None:
@@ -122,6 +126,7 @@ class Reply:
             # RFC 5321 section 4.2.1: the codes of one reply are equal; the last one is taken where they are not
             code = int(match[1])
             text = _UNSAFE.sub(" ", (match[3] or b"").decode("utf-8", "replace"))
+            said.append(text)
             found = _LEADING_ENHANCED.match(text)
             if found is not None and found[1][0] == str(code)[0]:
                 enhanced = enhanced or found[1]
@@ -129,7 +134,10 @@ class Reply:
             texts.append(text)
         if enhanced is not None and enhanced[0] != str(code)[0]:
             enhanced = None
-        return cls(code, enhanced, *texts)
+        reply = cls(code, enhanced, *texts)
+        if len(lines) > 1:
+            reply._said = " ".join(filter(None, said))
+        return reply
 
 
 @lru_cache(maxsize=256)

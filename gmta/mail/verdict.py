@@ -99,18 +99,27 @@ class Outcome:
     relayed: True where the next hop does not promise DSNs and took over (RFC 3461 section 5.2.2);
     recipient_fault: False where the fault is the next hop's as a whole (connection, greeting), so that
     the lane backs off; True where only this recipient or message is concerned.
+    own: the words are ours, about `remote` or about ourselves, and no remote has said them.
+    tls: facts of the session ("TLSv1.3 TLS_AES_256_GCM_SHA384 verified"), for log and history; "" without.
     """
 
-    __slots__ = ("recipient_fault", "relayed", "remote", "reply", "retry_after_s", "status")
+    __slots__ = ("own", "recipient_fault", "relayed", "remote", "reply", "retry_after_s", "status", "tls")
 
     def __init__(self, status: Status, reply: Reply, *, remote: str = "", retry_after_s: float | None = None,
-                 relayed: bool = False, recipient_fault: bool = True) -> None:
+                 relayed: bool = False, recipient_fault: bool = True, own: bool | None = None, tls: str = "") -> None:
         self.status = status
         self.reply = reply
+        self.own = not remote if own is None else own
+        self.tls = tls
         self.remote = remote
         self.retry_after_s = retry_after_s
         self.relayed = relayed
         self.recipient_fault = recipient_fault
+
+    @property
+    def words(self) -> str:
+        """What was said, for people: a remote's whole reply with its code, or the text of our own reason."""
+        return self.reply.text if self.own else str(self.reply)
 
     def __repr__(self) -> str:
         return f"Outcome({self.status.value}, {self.reply!s})"
@@ -119,20 +128,20 @@ class Outcome:
 def delivered(text: str = "Delivered", *, enhanced: str = "2.1.5", remote: str = "", reply: Reply | None = None,
               relayed: bool = False) -> Outcome:
     """The recipient has the message."""
-    return Outcome(Status.DELIVERED, reply or Reply(250, enhanced, text), remote=remote, relayed=relayed)
+    return Outcome(Status.DELIVERED, reply or Reply(250, enhanced, text), remote=remote, relayed=relayed, own=reply is None)
 
 
 def deferred(text: str, *, enhanced: str = "4.3.0", code: int = 451, remote: str = "", reply: Reply | None = None,
              retry_after_s: float | None = None, recipient_fault: bool = True) -> Outcome:
     """Not now: the queue tries again."""
     return Outcome(Status.DEFERRED, reply or Reply(code, enhanced, text), remote=remote, retry_after_s=retry_after_s,
-                   recipient_fault=recipient_fault)
+                   recipient_fault=recipient_fault, own=reply is None)
 
 
 def failed(text: str, *, enhanced: str = "5.0.0", code: int = 550, remote: str = "",
            reply: Reply | None = None) -> Outcome:
     """Never: the sender is told."""
-    return Outcome(Status.FAILED, reply or Reply(code, enhanced, text), remote=remote)
+    return Outcome(Status.FAILED, reply or Reply(code, enhanced, text), remote=remote, own=reply is None)
 
 
 def outcome_of(reply: Reply, *, remote: str = "", recipient_fault: bool = True) -> Outcome:

@@ -85,7 +85,7 @@ def recipient_of(row: tuple[Any, ...]) -> RecipientState:
     facts = json.loads(text) if text else {}
     return RecipientState(number, stored_address(address), str(facts.get("original") or address), str(facts.get("orcpt", "")),
                           frozenset(facts.get("notify", ())), transport, next_hop, bool(facts.get("fixed_transport", False)),
-                          status, attempts, next_attempt_at, last_reply, bool(warned))
+                          status, attempts, next_attempt_at, last_reply, bool(warned), str(facts.get("refused", "")))
 
 
 def envelope_of(row: tuple[Any, ...], recipients: list[RecipientState]) -> Envelope:

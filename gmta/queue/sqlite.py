@@ -33,7 +33,8 @@ LINGER_S = 0.001  # a commit waits so long for company: fewer syncs (docs/perfor
 RESERVE = 8 * 1024 * 1024
 MIN_INODES = 1000
 ROOM_FOR_S = 0.5
-LANES = 1000  # lanes looked at in one search
+LANES = 1000  # lanes looked at in one search; the next one goes on behind them
+SCAN = 2000  # recipients passed over in one search, before it goes lane by lane
 PURGE = 2000
 _start_new_thread = get_original("_thread", "start_new_thread")
 _json = json.JSONEncoder(default=str, separators=(",", ":")).encode
@@ -42,13 +43,15 @@ _json = json.JSONEncoder(default=str, separators=(",", ":")).encode
 class _Shard:
     """An open, locked shard."""
 
-    __slots__ = ("connection", "lock", "number", "spool", "version")
+    __slots__ = ("connection", "judged", "lane", "lock", "number", "spool", "version")
 
     def __init__(self, number: int, lock: int, connection: sqlite3.Connection, spool: str) -> None:
         self.number = number
         self.lock = lock
         self.connection = connection
         self.spool = spool
+        self.lane = ""  # the last one that a search by lanes came to
+        self.judged = ""  # the last message that `overdue` came to
         self.version = self.data_version()
 
     def data_version(self) -> int:
@@ -75,6 +78,14 @@ class _Put:
         self.envelope = envelope
         self.message = message
         self.events = events
+
+
+class _Release:
+    __slots__ = ("routed", "shard")
+
+    def __init__(self, shard: _Shard, routed: list[tuple[Any, ...]]) -> None:
+        self.shard = shard
+        self.routed = routed
 
 
 class SqliteStore:
@@ -191,10 +202,16 @@ class SqliteStore:
             self._sync_body(envelope.id, message)
         self._submit(settlement)
 
-    def due(self, now: float, limit: int, busy_lanes: Iterable[str] = ()) -> list[Envelope]:
+    def due(self, now: float, limit: int, busy_lanes: Iterable[str] = (), probed_lanes: Iterable[str] = (),
+            lane_limit: int | None = None) -> list[Envelope]:
         """See Store.due."""
-        busy = frozenset(busy_lanes)
-        found: list[Envelope] = self._submit(lambda: self._due(now, limit, busy))
+        room = dict.fromkeys(map(schema.storable, busy_lanes), 0) | dict.fromkeys(map(schema.storable, probed_lanes), 1)
+        found: list[Envelope] = self._submit(lambda: self._due(now, limit, room, limit if lane_limit is None else lane_limit))
+        return found
+
+    def overdue(self, now: float, unwarned_before: float, before: float, reports_before: float, limit: int) -> list[Envelope]:
+        """See Store.overdue."""
+        found: list[Envelope] = self._submit(lambda: self._overdue(now, unwarned_before, before, reports_before, limit))
         return found
 
     def next_due_at(self) -> float | None:
@@ -203,16 +220,15 @@ class SqliteStore:
         return at
 
     def release(self, envelope: Envelope) -> None:
-        """See Store.release; a lane chosen meanwhile is kept, so that `due` can pass over it while busy."""
+        """See Store.release: with its lane known, `due` can pass over a recipient while that is busy."""
         claim = self._claims.get(envelope.id)
         if claim is None:
             return
-        routed = [(schema.storable(r.transport), schema.storable(r.next_hop), schema.lane(r), envelope.id, r.number)
-                  for r in envelope.recipients if r.transport]
+        routed = [(schema.storable(r.transport), schema.storable(r.next_hop), schema.lane(r), schema.storable(r.last_reply), envelope.id,
+                   r.number) for r in envelope.recipients if r.transport]
         self._unclaim(envelope.id, (r.number for r in envelope.recipients))
         if routed and not self._closed:
-            self._writer.post(lambda: claim.shard.connection.executemany(
-                "UPDATE recipient SET transport = ?, next_hop = ?, lane = ? WHERE message = ? AND number = ? AND lane = ''", routed))
+            self._writer.post(_Release(claim.shard, routed))
 
     def message(self, queue_id: str) -> Message | None:
         """See Store.message."""
@@ -258,10 +274,31 @@ class SqliteStore:
             self._room = room
         return self._room and not self._full
 
+    def publish(self, state: dict[str, Any] | None) -> None:
+        """See Store.publish."""
+        if not self._closed:
+            self._writer.post(lambda: self._publish(state))
+
+    def _publish(self, state: dict[str, Any] | None) -> None:
+        path = schema.shard_path(self._directory, self._primary.number, "now")
+        try:
+            if state is None:
+                os.unlink(path)
+                return
+            fd = os.open(path + "~", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                write_all(fd, _json({"at": self._clock(), "pid": os.getpid(), **state}).encode())
+            finally:
+                os.close(fd)
+            os.rename(path + "~", path)
+        except OSError:
+            pass  # it only shows: a full disk has other ways to be heard
+
     def close(self) -> None:
         """See Store.close."""
         if self._closed:
             return
+        self.publish(None)
         self._closed = True
         self._files.close()
         self._writer.close()
@@ -300,7 +337,7 @@ class SqliteStore:
     def _run(self, operations: list[Any]) -> list[Any]:
         """One batch: all writes in one transaction (a shard), then the reads; what fails together is tried singly."""
         results: list[Any] = [None] * len(operations)
-        writes = [n for n, operation in enumerate(operations) if isinstance(operation, _Put | Settlement)]
+        writes = [n for n, operation in enumerate(operations) if isinstance(operation, _Put | Settlement | _Release)]
         if writes:
             try:
                 self._write([operations[n] for n in writes])
@@ -368,6 +405,8 @@ class SqliteStore:
             if isinstance(operation, Settlement):
                 claim = self._claims.get(operation.envelope.id)
                 shard = claim.shard if claim is not None else self._find(operation.envelope.id)
+            elif isinstance(operation, _Release):
+                shard = operation.shard
             by_shard.setdefault(shard, []).append(operation)
         for shard, group in by_shard.items():
             self._commit(shard, group)
@@ -388,7 +427,11 @@ class SqliteStore:
         doubtful: list[str] = []
         files: list[str] = []
         settled: list[tuple[str, set[int], int]] = []
+        routed: list[tuple[Any, ...]] = []
         for operation in operations:
+            if isinstance(operation, _Release):
+                routed += operation.routed
+                continue
             if isinstance(operation, _Put):
                 births: Iterable[tuple[Envelope, Message]] = ((operation.envelope, operation.message),)
             else:
@@ -419,6 +462,10 @@ class SqliteStore:
                         "next_hop = CASE WHEN transport = 'fail' THEN next_hop ELSE ?5 END, "
                         "lane = CASE WHEN transport = 'fail' THEN lane ELSE ?6 END, last_reply = ?7, warned = ?8 "
                         "WHERE message = ?9 AND number = ?10", updates)
+                if routed:
+                    connection.executemany(
+                        "UPDATE recipient SET transport = ?1, next_hop = ?2, lane = ?3, last_reply = ?4 WHERE message = ?5 AND number = ?6 "
+                        "AND status = 'queued' AND transport <> 'fail' AND (lane <> ?3 OR last_reply <> ?4)", routed)
                 for queue_id in doubtful:
                     if connection.execute("SELECT 1 FROM recipient WHERE message = ? AND status IN ('queued', 'held')",
                                           (queue_id,)).fetchone() is None:
@@ -482,50 +529,113 @@ class SqliteStore:
                 return schema.message_of(row, shard.spool)
         return None
 
-    def _due(self, now: float, limit: int, busy: frozenset[str]) -> list[Envelope]:
-        found: dict[str, Envelope] = {}
+    def _due(self, now: float, limit: int, room: dict[str, int], lane_limit: int) -> list[Envelope]:
+        found: list[Envelope] = []
         left = limit
         for shard in self._shards:
             if left <= 0:
                 break
-            for queue_id, numbers in self._find_due(shard, now, left, busy).items():
-                row = shard.connection.execute(f"SELECT {schema.ENVELOPE} FROM message m WHERE id = ?", (queue_id,)).fetchone()
-                if row is None:
-                    continue
-                rows = shard.connection.execute(
-                    f"SELECT {schema.RECIPIENT} FROM recipient r WHERE message = ? ORDER BY number", (queue_id,))
-                wanted = [schema.recipient_of(one) for one in rows if one[1] in numbers]
-                claim = self._claims.get(queue_id)
-                if claim is None:
-                    claim = self._claims[queue_id] = _Claim(shard, row[5] if row[5] == len(wanted) else None, row[6])
-                claim.numbers.update(r.number for r in wanted)
-                found[queue_id] = schema.envelope_of(row, wanted)
-                left -= len(wanted)
-        return list(found.values())
+            for queue_id, numbers in self._find_due(shard, now, left, room, lane_limit).items():
+                envelope = self._claim(shard, queue_id, numbers)
+                if envelope is not None:
+                    found.append(envelope)
+                    left -= len(envelope.recipients)
+        return found
 
-    def _find_due(self, shard: _Shard, now: float, limit: int, busy: frozenset[str]) -> dict[str, set[int]]:
-        """{message: recipients} due and unclaimed, oldest first; with busy lanes lane by lane, so that theirs are not scanned."""
+    def _claim(self, shard: _Shard, queue_id: str, numbers: set[int]) -> Envelope | None:
+        """Claims recipients of a message for the caller."""
+        row = shard.connection.execute(f"SELECT {schema.ENVELOPE} FROM message m WHERE id = ?", (queue_id,)).fetchone()
+        if row is None:
+            return None
+        rows = shard.connection.execute(f"SELECT {schema.RECIPIENT} FROM recipient r WHERE message = ? ORDER BY number", (queue_id,))
+        wanted = [schema.recipient_of(one) for one in rows if one[1] in numbers]
+        claim = self._claims.get(queue_id)
+        if claim is None:
+            claim = self._claims[queue_id] = _Claim(shard, row[5] if row[5] == len(wanted) else None, row[6])
+        claim.numbers.update(r.number for r in wanted)
+        return schema.envelope_of(row, wanted)
+
+    def _find_due(self, shard: _Shard, now: float, limit: int, room: dict[str, int], lane_limit: int) -> dict[str, set[int]]:
+        """{message: recipients} due and unclaimed, the oldest first, of each lane as many as it has room for.
+
+        First in the order of time. Where that is held up by what can't be taken, lane by lane: a few lanes at a time, going on where
+        the last search stopped, so that every lane comes to its turn however many there are and however much waits in each.
+        """
         connection = shard.connection
-        rows: list[tuple[float, str, int]] = []
-        if not busy:
-            self._gather(connection.execute("SELECT next_attempt_at, message, number FROM recipient WHERE status = 'queued' "
-                                            "AND next_attempt_at <= ? ORDER BY next_attempt_at", (now,)), rows, limit)
-        else:
-            name: str | None = None
-            for _ in range(LANES):
-                where, values = ("AND lane > ?", (name,)) if name is not None else ("", ())
-                name = connection.execute(f"SELECT min(lane) FROM recipient WHERE status = 'queued' {where}", values).fetchone()[0]
-                if name is None:
+        rows: set[tuple[float, str, int]] = set()
+        taken: dict[str, int] = {}
+        passed = 0
+        cursor = connection.execute("SELECT next_attempt_at, message, number, lane FROM recipient WHERE status = 'queued' "
+                                    "AND next_attempt_at <= ? ORDER BY next_attempt_at", (now,))
+        for at, queue_id, number, lane in cursor:
+            claim = self._claims.get(queue_id)
+            if claim is not None and number in claim.numbers:
+                continue
+            if lane and taken.get(lane, 0) >= room.get(lane, lane_limit):
+                passed += 1
+                if passed > SCAN:
                     break
-                if name not in busy:
-                    self._gather(connection.execute(
-                        "SELECT next_attempt_at, message, number FROM recipient WHERE status = 'queued' AND lane = ? "
-                        "AND next_attempt_at <= ? ORDER BY next_attempt_at", (name, now)), rows, limit)
-            rows.sort()
+                continue
+            taken[lane] = taken.get(lane, 0) + 1
+            rows.add((at, queue_id, number))
+            if len(rows) >= limit:
+                break
+        cursor.close()
+        if passed > SCAN:
+            self._find_by_lane(shard, now, limit, room, lane_limit, rows, taken)
         out: dict[str, set[int]] = {}
-        for _, queue_id, number in rows[:limit]:
+        for _, queue_id, number in sorted(rows):
             out.setdefault(queue_id, set()).add(number)
         return out
+
+    def _find_by_lane(self, shard: _Shard, now: float, limit: int, room: dict[str, int], lane_limit: int,
+                      rows: set[tuple[float, str, int]], taken: dict[str, int]) -> None:
+        """Adds to `rows` what the next lanes have that is due."""
+        connection = shard.connection
+        begun, wrapped = shard.lane, False
+        for _ in range(LANES):
+            if len(rows) >= limit:
+                return
+            lane = connection.execute("SELECT min(lane) FROM recipient WHERE status = 'queued' AND lane > ?", (shard.lane,)).fetchone()[0]
+            if lane is None:
+                if wrapped:
+                    return
+                shard.lane, wrapped = "", True
+                continue
+            shard.lane = lane
+            left = min(room.get(lane, lane_limit) - taken.get(lane, 0), limit - len(rows))
+            if left > 0:
+                found: list[tuple[float, str, int]] = []
+                self._gather(connection.execute(
+                    "SELECT next_attempt_at, message, number FROM recipient WHERE status = 'queued' AND lane = ? "
+                    "AND next_attempt_at <= ? ORDER BY next_attempt_at", (lane, now)), found, left)
+                rows.update(found)
+            if wrapped and lane >= begun:
+                return
+
+    def _overdue(self, now: float, unwarned_before: float, before: float, reports_before: float, limit: int) -> list[Envelope]:
+        found: list[Envelope] = []
+        unwarned, old, reports = (time_prefix(at) if at > 0 else "" for at in (unwarned_before, before, reports_before))
+        for shard in self._shards:
+            if limit <= 0:
+                break
+            rows = shard.connection.execute(
+                "SELECT message, number, status = 'queued' AND next_attempt_at <= ?2 AND (message < ?3 OR (warned = 0 AND message < ?4) "
+                "OR (message < ?5 AND (SELECT sender FROM message WHERE id = r.message) = '')) FROM recipient r "
+                "WHERE message > ?1 AND message < ?6 ORDER BY message, number LIMIT ?7",
+                (shard.judged, now, old, unwarned, reports, max(unwarned, old, reports), SCAN)).fetchall()
+            wanted: dict[str, set[int]] = {}
+            for queue_id, number, over in rows:
+                claim = self._claims.get(queue_id)
+                if over and (claim is None or number not in claim.numbers):
+                    wanted.setdefault(queue_id, set()).add(number)
+                    limit -= 1
+                if limit <= 0:
+                    break
+            # a message whose recipients were cut off by the limit is come back to with the next round
+            shard.judged = queue_id if rows and (limit <= 0 or len(rows) == SCAN) else ""
+            found += filter(None, (self._claim(shard, queue_id, numbers) for queue_id, numbers in wanted.items()))
+        return found
 
     def _gather(self, cursor: sqlite3.Cursor, rows: list[tuple[float, str, int]], limit: int) -> None:
         for row in cursor:

@@ -56,17 +56,26 @@ class Store(Protocol):
     def record(self, settlement: Settlement) -> None:
         """Writes an attempt's results and ends the claim on `changed`; births are claimed by the caller."""
 
-    def due(self, now: float, limit: int, busy_lanes: Iterable[str] = ()) -> list[Envelope]:
+    def due(self, now: float, limit: int, busy_lanes: Iterable[str] = (), probed_lanes: Iterable[str] = (),
+            lane_limit: int | None = None) -> list[Envelope]:
         """Claims up to `limit` recipients that are due, oldest first, not of `busy_lanes` ("transport:next_hop").
 
+        probed_lanes: of each at most one; lane_limit: of each other lane at most so many, so that all lanes have their turn.
         Each Envelope holds only the recipients claimed; `message` loads the octets.
+        """
+
+    def overdue(self, now: float, unwarned_before: float, before: float, reports_before: float, limit: int) -> list[Envelope]:
+        """Claims up to `limit` recipients that are due but were not taken, of messages received before those times.
+
+        unwarned_before: those without a delay notice; before: any; reports_before: those with the null sender. A call looks at a
+        part of the queue, the next one at the next part.
         """
 
     def next_due_at(self) -> float | None:
         """When the earliest unclaimed recipient falls due, Unix seconds, or None."""
 
     def release(self, envelope: Envelope) -> None:
-        """Gives back claims unused, unchanged."""
+        """Gives back claims unused; where a recipient was to go meanwhile (transport, next hop) and its last reply are kept."""
 
     def message(self, queue_id: str) -> Message | None:
         """The octets of a queued message, or None if it left the queue."""
@@ -85,6 +94,9 @@ class Store(Protocol):
 
     def has_room(self, size_bytes: int) -> bool:
         """Whether there is room for intake, at message size limit `size_bytes` (cheap, cached)."""
+
+    def publish(self, state: dict[str, Any] | None) -> None:
+        """Shows operators what this store's worker has under way (JSON-able), until the next call or its end; never fails."""
 
     def close(self) -> None:
         """Ends all claims and closes."""

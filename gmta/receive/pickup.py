@@ -327,7 +327,7 @@ class Pickup:
         pipeline, drop, now = self._pipeline, opened.drop, self._clock()
         message: Message = _in_thread(lambda: message_of(opened, claim.path))
         recipients = [RecipientState(number, address, notify=drop.notify, transport="fail", fixed_transport=True, next_attempt_at=now,
-                                     last_reply=str(reply)) for number, (address, reply) in enumerate(refused)]
+                                     last_reply=str(reply), refused=str(reply)) for number, (address, reply) in enumerate(refused)]
         envelope = Envelope(queue_id, drop.sender, recipients, message.size, now, drop.ret, drop.envid, drop.body, drop.smtputf8,
                             {"protocol": "local", "uid": opened.uid})
         facts: dict[str, Any] = {**envelope.facts, "size": envelope.size, "sender": str(drop.sender),

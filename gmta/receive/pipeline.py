@@ -8,13 +8,14 @@ a refused message's spool file is removed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gevent
 
 from gmta.hookspecs import Credentials
 from gmta.mail import reply as replies
+from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import FileBody, Message, split_header
 from gmta.mail.reply import Reply
@@ -323,18 +324,36 @@ class Reception:
         facts: dict[str, Any] = {"ip": session.peer_ip, "helo": session.helo, "protocol": session.protocol, "session": session.id}
         if session.user is not None:
             facts["user"] = session.user
+        if session.trusted:
+            facts["trusted"] = True
         if session.tls is not None:
             facts["tls"] = f"{session.tls.version} {session.tls.cipher}"
         states = []
         once: dict[Any, Recipient] = {}
         for recipient in transaction.recipients:  # named twice, delivered once
             once.setdefault((recipient.address, recipient.transport), recipient)
+        expanded = _expanded(once.values())
+        if expanded:
+            facts["expanded"] = [[str(original), orcpt] for original, orcpt in expanded.items()]
         for number, recipient in enumerate(once.values()):
-            transport = "fail" if recipient in refused else recipient.transport or ""
-            states.append(RecipientState(number, recipient.address, str(recipient.original), recipient.orcpt, recipient.notify,
-                                         transport, fixed_transport=bool(transport), next_attempt_at=now))
+            verdict = refused.get(recipient)
+            transport = "fail" if verdict is not None else recipient.transport or ""
+            notify = recipient.notify
+            if expanded and recipient.original in expanded:  # RFC 3461 section 5.2.7.3: success was reported by the expansion
+                notify = notify - {"SUCCESS"} or frozenset({"NEVER"})
+            states.append(RecipientState(number, recipient.address, str(recipient.original), recipient.orcpt, notify, transport,
+                                         fixed_transport=bool(transport), next_attempt_at=now, refused="" if verdict is None else str(verdict.reply)))
         return Envelope(transaction.id, transaction.sender, states, message.size, now, transaction.ret, transaction.envid,
                         transaction.body, transaction.smtputf8, facts, sorted(transaction.tags))
+
+
+def _expanded(recipients: Iterable[Recipient]) -> dict[Address, str]:
+    """{address as given in RCPT: its ORCPT} of aliases with several recipients whose senders asked to be told of success."""
+    asked: dict[Address, list[Recipient]] = {}
+    for recipient in recipients:
+        if "SUCCESS" in recipient.notify:
+            asked.setdefault(recipient.original, []).append(recipient)
+    return {original: group[0].orcpt for original, group in asked.items() if len(group) > 1}
 
 
 def _trouble(error: Exception) -> Reply:

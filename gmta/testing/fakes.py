@@ -115,7 +115,7 @@ class MemoryStore:
     """The Store in memory.
 
     full, failing: while set, `put` and `record` raise StoreFull or StoreError.  messages: queue id -> Envelope, in the order they
-    came; a message leaves when its recipients are settled.  history: all Events.
+    came; a message leaves when its recipients are settled.  history: all Events.  published: what `publish` was last given.
     """
 
     def __init__(self) -> None:
@@ -123,6 +123,7 @@ class MemoryStore:
         self.failing = False
         self.messages: dict[str, Envelope] = {}
         self.history: list[Event] = []
+        self.published: dict[str, Any] | None = None
         self._octets: dict[str, bytes] = {}
         self._claimed: set[tuple[str, int]] = set()
         self._directory = ""
@@ -156,17 +157,41 @@ class MemoryStore:
         if kept is not None and all(state.status in (DELIVERED, FAILED) for state in kept.recipients):
             del self.messages[queue_id], self._octets[queue_id]
 
-    def due(self, now: float, limit: int, busy_lanes: Iterable[str] = ()) -> list[Envelope]:
+    def due(self, now: float, limit: int, busy_lanes: Iterable[str] = (), probed_lanes: Iterable[str] = (),
+            lane_limit: int | None = None) -> list[Envelope]:
         """Claims what is due."""
-        busy = set(busy_lanes)
-        ready = sorted((state.next_attempt_at, queue_id, state.number) for queue_id, state in self._waiting()
-                       if state.next_attempt_at <= now and f"{state.transport}:{state.next_hop}" not in busy)
+        room = dict.fromkeys(busy_lanes, 0) | dict.fromkeys(probed_lanes, 1)
+        ready: list[tuple[float, str, int]] = []
+        for at, queue_id, number, lane in sorted((state.next_attempt_at, queue_id, state.number, f"{state.transport}:{state.next_hop}")
+                                                 for queue_id, state in self._waiting() if state.next_attempt_at <= now):
+            left = room.get(lane, limit if lane == ":" or lane_limit is None else lane_limit)
+            if left > 0 and len(ready) < limit:
+                room[lane] = left - 1
+                ready.append((at, queue_id, number))
+        return self._claim(ready)
+
+    def _claim(self, rows: Iterable[tuple[float, str, int]]) -> list[Envelope]:
         found: dict[str, Envelope] = {}
-        for _, queue_id, number in ready[:limit]:
+        for _, queue_id, number in rows:
             self._claimed.add((queue_id, number))
             envelope = found.setdefault(queue_id, replace(self.messages[queue_id], recipients=[]))
             envelope.recipients.append(replace(self.messages[queue_id].recipients[number]))
         return list(found.values())
+
+    def overdue(self, now: float, unwarned_before: float, before: float, reports_before: float, limit: int) -> list[Envelope]:
+        """Claims what is due, was not taken, and is old."""
+        over = []
+        for queue_id, state in self._waiting():
+            envelope = self.messages[queue_id]
+            at = envelope.received_at
+            if state.next_attempt_at <= now and (at <= before or (at <= unwarned_before and not state.warned)
+                                                 or (at <= reports_before and not envelope.sender)):
+                over.append((at, queue_id, state.number))
+        return self._claim(over[:limit])
+
+    def publish(self, state: dict[str, Any] | None) -> None:
+        """Keeps it as `published`."""
+        self.published = state
 
     def _waiting(self) -> list[tuple[str, RecipientState]]:
         return [(queue_id, state) for queue_id, envelope in self.messages.items() for state in envelope.recipients
@@ -178,7 +203,11 @@ class MemoryStore:
 
     def release(self, envelope: Envelope) -> None:
         """Gives back claims."""
-        self._claimed -= {(envelope.id, state.number) for state in envelope.recipients}
+        for state in envelope.recipients:
+            self._claimed.discard((envelope.id, state.number))
+            if state.transport and envelope.id in self.messages:
+                kept = self.messages[envelope.id].recipients[state.number]
+                kept.transport, kept.next_hop, kept.last_reply = state.transport, state.next_hop, state.last_reply
 
     def message(self, queue_id: str) -> Message | None:
         """A queued message."""
