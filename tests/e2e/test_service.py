@@ -48,10 +48,16 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def both_workers(pid: int) -> list[int]:
+    """The two workers of a supervisor, once it has started both."""
+    until(lambda: len(children(pid)) == 2, "two workers")
+    return children(pid)
+
+
 def test_reload_under_load_refuses_nobody_and_loses_nothing(gmta: Gmta) -> None:
     gmta.start()
     assert gmta.process is not None
-    before = set(children(gmta.process.pid))
+    before = set(both_workers(gmta.process.pid))
     load = subprocess.Popen([program("smtp-source"), "-s", "5", "-m", "1500", "-l", "2000", "-f", "a@sender.test", "-t", "you@example.test",
                              f"127.0.0.1:{gmta.port}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     gmta.arrived("you", 100)  # it is under way
@@ -68,7 +74,7 @@ def test_reload_under_load_refuses_nobody_and_loses_nothing(gmta: Gmta) -> None:
 def test_a_bad_configuration_is_refused_and_the_old_one_stays(gmta: Gmta, directory: Path) -> None:
     gmta.start()
     assert gmta.process is not None
-    before = children(gmta.process.pid)
+    before = both_workers(gmta.process.pid)
     gmta.config.write_text(gmta.config.read_text() + "[bogus]\n")
     gmta.process.send_signal(signal.SIGHUP)
     until(lambda: b"[bogus]: unknown section" in (directory / "output").read_bytes(), "refusal")
@@ -78,8 +84,7 @@ def test_a_bad_configuration_is_refused_and_the_old_one_stays(gmta: Gmta, direct
 def test_workers_leave_when_the_supervisor_dies(gmta: Gmta) -> None:
     gmta.start()
     assert gmta.process is not None
-    workers = children(gmta.process.pid)
-    assert len(workers) == 2
+    workers = both_workers(gmta.process.pid)
     gmta.process.kill()
     gmta.process.wait()
     until(lambda: not any(running(worker) for worker in workers), "end of the workers")
@@ -126,7 +131,7 @@ def test_a_killed_worker_is_replaced(gmta: Gmta) -> None:
     gmta.start()
     assert gmta.process is not None
     pid = gmta.process.pid
-    victim = children(pid)[0]
+    victim = both_workers(pid)[0]
     os.kill(victim, signal.SIGKILL)
     until(lambda: len(children(pid)) == 2 and victim not in children(pid), "replacement")
     for _ in range(4):
