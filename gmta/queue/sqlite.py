@@ -25,11 +25,13 @@ from gmta.queue import schema
 from gmta.queue.ids import ID, TAG_LENGTH, time_prefix
 from gmta.queue.store import Event, Settlement, StoreError, StoreFull
 from gmta.services.batch import Batch, BatchClosed, call_each
-from gmta.services.files import NO_ROOM, start_writing_out, sync_directory, write_all
+from gmta.services.files import NO_ROOM, start_writing_out, sync_directory, sync_file_system, write_all
 from gmta.services.log import Log
 
 ROWS = 64  # rows a statement
 LINGER_S = 0.001  # a commit waits so long for company: fewer syncs (docs/performance.md)
+BODY_LINGER_S = 0.005  # the same for large bodies, which take longer to come in
+MANY = 4  # bodies that are synced together with all else on their file system
 RESERVE = 8 * 1024 * 1024
 MIN_INODES = 1000
 ROOM_FOR_S = 0.5
@@ -112,7 +114,7 @@ class SqliteStore:
         self._primary = self._take()
         self._shards = [self._primary]
         self._writer = Batch(self._run, max_items=512, linger_s=LINGER_S, name="queue")
-        self._files = Batch(_sync_bodies, max_items=32, linger_s=LINGER_S, name="spool")
+        self._files = Batch(_sync_bodies, max_items=32, linger_s=BODY_LINGER_S, name="spool")
         self._fill_reserve()
         _start_new_thread(self._sweep, (self._primary,))
 
@@ -733,13 +735,21 @@ def _sync_bodies(items: list[tuple[FileBody, str]]) -> list[OSError | None]:
             start_writing_out(written[-1][1])
         except OSError as error:
             results[number] = error
+    together = len(written) >= MANY
     for number, descriptor in written:
         try:
-            os.fdatasync(descriptor)
+            if not together:
+                os.fdatasync(descriptor)
+            elif number == written[-1][0]:
+                sync_file_system(descriptor)
         except OSError as error:
+            if together:
+                results = [result or error for result in results]
             results[number] = error
         finally:
             os.close(descriptor)
+    if together:
+        return results
     for directory in {os.path.dirname(path) for _, path in items}:
         try:
             sync_directory(directory)

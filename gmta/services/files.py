@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable
+from typing import Any, cast
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -29,21 +30,33 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def _find_sync_file_range() -> Callable[[int, int, int, int], int]:
-    """sync_file_range(2) of the C library, which Python does not have; where there is none, something that does nothing."""
-    found = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if found is None:
-        return lambda descriptor, offset, octets, flags: 0
-    found.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    function: Callable[[int, int, int, int], int] = found
-    return function
+def _from_libc(name: str, *arguments: Any) -> Callable[..., int] | None:
+    """A function of the C library that Python does not have; None where there is none."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    if function is not None:
+        function.argtypes = arguments
+    return cast("Callable[..., int] | None", function)
 
 
-_sync_file_range = _find_sync_file_range()
+_sync_file_range = _from_libc("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_syncfs = _from_libc("syncfs", ctypes.c_int)
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE
 
 
 def start_writing_out(descriptor: int) -> None:
     """Has the kernel begin to write a file out. Done to all files of a batch before the first fsync, it lets a file system
     with a journal commit once for all of them: each of them has its blocks by then (docs/performance.md)."""
-    _sync_file_range(descriptor, 0, 0, _WRITE)
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, 0, 0, _WRITE)
+
+
+def sync_file_system(descriptor: int) -> None:
+    """Makes all of the file system durable that a file lies on, names and octets: for many files it takes less than each by itself.
+
+    Raises OSError. Where the C library has no syncfs(2) it is sync(2), which tells no errors.
+    """
+    if _syncfs is None:
+        os.sync()
+    elif _syncfs(descriptor) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
