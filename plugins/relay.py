@@ -1,32 +1,37 @@
-"""Transports `relay` (SMTP to a smart host, or to the MX hosts of the recipient's domain) and `lmtp`.
+"""Transports `relay` (SMTP to smart hosts, or to the MX hosts of the recipient's domain) and `lmtp`.
 
 Hooks: get_transports.  Keys of [transport:NAME]: host (one or several ADDRESS:PORT, tried in order; none: MX), port,
-allow_loopback, tls, username, password (or password_file), connect_timeout, greeting_timeout, command_timeout, data_timeout,
-idle_timeout.  Replies: the remote's own; 550 5.1.2 no such domain, 5.1.10 null MX, 5.4.6 loop to ourselves, 451 4.4.3 DNS,
-4.4.1 no connection (deferred).
+allow_loopback, tls, ca_file, dane, mta_sts, sts_port, username, password (or password_file), source, helo, chunking,
+connect_timeout, greeting_timeout, command_timeout, data_timeout, attempt_timeout, idle_timeout.  Replies: the remote's own; 550
+5.1.2 no such domain, 556 5.1.10 null MX, 5.4.4 no usable host, 5.4.6 loop to ourselves, 451 4.4.3 DNS, 4.4.1 no connection, 4.7.5 no
+TLS as it has to be, 4.7.10 no TLS at all (the last four are deferred).
 
-Which hosts and in what order is here; the conversation is gmta.deliver.client's. The next host is tried where one gives no
-conversation at all; what a host says about a recipient stands. RFC 5321 section 5, RFC 7505, RFC 2033.
+Which hosts is gmta.deliver.nexthop's, which TLS gmta.deliver.tlspolicy's, the conversation gmta.deliver.client's. The next host is
+tried where one gives no conversation, breaks it off before it can have taken the message, or can't take the sender now; what a host
+says about a recipient or the message stands. RFC 5321 section 5, RFC 7505, RFC 2033.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import random
 from typing import Any, Literal
 
-import dns.exception
-import dns.resolver
-from pydantic import Field
+from pydantic import Field, field_validator
 
 import gmta
 from gmta import PluginConfig, hookimpl
+from gmta.config import ExistingFile
 from gmta.deliver.client import ConnectionFailed, Pool, Settings, SmtpClient, TlsFailed
+from gmta.deliver.mtasts import HttpsFetch, MtaSts
+from gmta.deliver.nexthop import NextHops, NoTargets, Target
+from gmta.deliver.tlspolicy import Contexts, DomainPolicy, TlsPolicies, Unusable, Validation
 from gmta.hookspecs import Duration
-from gmta.mail.address import Address, AddressError, literal_ip
-from gmta.services.tls import client_context
+from gmta.mail.address import Address
+from gmta.mail.verdict import Status
 
-MAX_HOSTS = 10  # addresses tried in one attempt
+HURRY_S = 8.0  # for the TCP connection while there are other addresses to try
+MAX_SESSIONS = 20  # connections of one attempt
+MAX_REMEMBERED = 1000  # hosts that don't know BDAT
 
 
 class Config(PluginConfig):
@@ -39,22 +44,34 @@ class TransportConfig(PluginConfig):
     host: list[str] = Field([], description="ADDRESS[:PORT] ..., tried in order; none: the MX hosts of the domain (relay only)")
     port: int = Field(25, ge=1, le=65535, description="port of MX hosts, and of hosts that name none")
     allow_loopback: bool = Field(False, description="deliver to MX hosts on loopback, for tests")
-    tls: Literal["opportunistic", "required", "off"] = "opportunistic"
+    tls: Literal["opportunistic", "required", "off"] = Field("opportunistic", description="where [tls_policy] says nothing")
+    ca_file: ExistingFile = Field("", description="authorities that verified hosts are judged by; default: the system's")
+    dane: bool = Field(True, description="heed TLSA records of MX hosts, where the resolver validates")
+    mta_sts: bool = Field(True, description="heed the MTA-STS policies of domains")
+    sts_port: int = Field(443, ge=1, le=65535, description="port of policy hosts, for tests")
     username: str = ""
     password: str = ""
-    connect_timeout: Duration = 30.0
+    source: list[str] = Field([], description="our addresses, at most one a family; default: the system's choice")
+    helo: str = Field("", description="our name in EHLO; default: hostname of [gmta]")
+    chunking: bool = Field(True, description="use BDAT where it is offered")
+    connect_timeout: Duration = Field(30.0, description="for the last address; earlier ones get 8s at most")
     greeting_timeout: Duration = 300.0
     command_timeout: Duration = 300.0
     data_timeout: Duration = 600.0
+    attempt_timeout: Duration = Field(1800.0, description="for one host and message, whatever happens")
     idle_timeout: Duration = 5.0
 
-
-class NoTargets(Exception):
-    """The domain has no host to try; `outcome` says why."""
-
-    def __init__(self, outcome: gmta.Outcome) -> None:
-        super().__init__(str(outcome.reply))
-        self.outcome = outcome
+    @field_validator("source")
+    @classmethod
+    def _sources(cls, value: list[str]) -> list[str]:
+        expected = "IP addresses of this machine, at most one of each family"
+        try:
+            families = [ipaddress.ip_address(one).version for one in value]
+        except ValueError:
+            raise ValueError(expected) from None
+        if len(set(families)) != len(families):
+            raise ValueError(expected)
+        return value
 
 
 class Relay:
@@ -71,149 +88,124 @@ class Relay:
         self._hosts = [split_host(text, config.port) for text in config.host]
         if self.lmtp and not self._hosts:
             raise ValueError("host: expected ADDRESS:PORT, lmtp has no MX")
+        core, hostname = services.config, services.hostname
         self._settings = Settings(
-            services.hostname, self.lmtp, config.tls, config.username, config.password, config.connect_timeout,
-            config.greeting_timeout, config.command_timeout, config.data_timeout, config.idle_timeout)
-        self._context = client_context()
+            config.helo or hostname, self.lmtp, config.username, config.password, config.connect_timeout, config.greeting_timeout,
+            config.command_timeout, config.data_timeout, config.attempt_timeout, tuple(config.source))
+        self._hops = NextHops(
+            services.resolver, services.log, services.clock, hostname=hostname, port=config.port, allow_loopback=config.allow_loopback,
+            listeners=[address for listener in core.listeners.values() for address in listener.addresses])
+        self._contexts = Contexts(config.ca_file)
+        self._policies = self._make_policies(core)
         self._pool = Pool(config.idle_timeout, services.clock, services.spawn)
-        self._resolver: dns.resolver.Resolver | None = None
+        self._no_bdat: set[str] = set()
+
+    def _make_policies(self, core: Any) -> TlsPolicies:
+        """What decides about TLS: for hosts that the configuration names neither DANE nor MTA-STS."""
+        config, services = self._config, self._services
+        resolver, log, clock = services.resolver, services.log, services.clock
+        if self._hosts or config.tls == "off":
+            return TlsPolicies(core.tls_policy, config.tls, resolver)
+        validation = Validation(resolver, log, clock, signed=core.dns.probe_signed, bogus=core.dns.probe_bogus) if config.dane else None
+        sts = None
+        if config.mta_sts:
+            fetch = HttpsFetch(self._hops.web_addresses, self._contexts.https, port=config.sts_port)
+            sts = MtaSts(resolver, services.state, log, clock, fetch)
+        return TlsPolicies(core.tls_policy, config.tls, resolver, sts=sts, validation=validation)
 
     def next_hop(self, address: Address) -> str:
-        """The lane: one for a smart host, one a domain for MX."""
+        """The lane: one for smart hosts, one a domain for MX."""
         return "" if self._hosts else address.host
 
     def deliver(self, delivery: Any) -> dict[int, gmta.Outcome]:
-        """One transaction, over a kept connection where there is one."""
+        """One message, over a kept connection where there is one, else to the first host that has a conversation with us."""
+        outcomes: dict[int, gmta.Outcome] = {}
         client = self._pool.take(delivery.next_hop)
         if client is not None:
             try:
                 return self._send(client, delivery)
             except ConnectionFailed as failure:
-                if not failure.stale:
-                    return _all(delivery, failure.outcome)
+                outcomes = failure.outcomes
+                if not failure.certain:
+                    return _rest(delivery, outcomes, failure.outcome)
         try:
-            targets = self._targets(delivery.next_hop)
+            targets = self._hops.smart_hosts(self._hosts) if self._hosts else self._hops.targets(delivery.next_hop)
         except NoTargets as none:
-            return _all(delivery, none.outcome)
-        outcome = gmta.deferred("No host to try", enhanced="4.4.4", recipient_fault=False)
-        for target in targets[:MAX_HOSTS]:
+            return _rest(delivery, outcomes, none.outcome)
+        return self._try(delivery, targets, outcomes)
+
+    def _try(self, delivery: Any, targets: list[Target], outcomes: dict[int, gmta.Outcome]) -> dict[int, gmta.Outcome]:
+        """One host after the other, until there is nothing left to say."""
+        verdict: gmta.Outcome | None = None
+        for _ in range(MAX_SESSIONS):
+            target = targets.pop(0)
             try:
-                client = self._open(target)
-                return self._send(client, delivery)
+                client = self._open(target, delivery.next_hop, hurry=bool(targets))
+                found = self._send(client, delivery, outcomes)
+                if not client.sender_deferred or not (targets := [other for other in targets if other.name != target.name]):
+                    return outcomes | found
+                outcome = next(iter(found.values()))
             except ConnectionFailed as failure:
+                outcomes |= failure.outcomes
                 outcome = failure.outcome
-                self._services.log.info("attempt", id=delivery.envelope.id, transport=self.name, remote=outcome.remote,
-                                        reply=outcome.reply)
-        return _all(delivery, outcome)
+                if not failure.certain:
+                    return _rest(delivery, outcomes, outcome)
+                if failure.again:
+                    targets.insert(0, target)
+            except Unusable as unusable:
+                outcome = unusable.outcome
+            if verdict is None or outcome.status is Status.DEFERRED:  # for good only where all hosts say so
+                verdict = outcome
+            if not targets:
+                break
+            delivery.tried(outcome)
+        if self._hosts and verdict is not None and verdict.status is Status.FAILED:
+            # a smart host that does not want us is the postmaster's to mend, not the sender's
+            verdict = gmta.deferred(f"{verdict.remote} refused: {verdict.reply}"[:300], enhanced="4.4.0", remote=verdict.remote,
+                                    recipient_fault=False)
+        return _rest(delivery, outcomes, verdict)
 
     def close(self) -> None:
         """Closes kept connections."""
         self._pool.close()
 
-    def _send(self, client: SmtpClient, delivery: Any) -> dict[int, gmta.Outcome]:
-        outcomes = client.send(delivery.envelope, delivery.recipients, delivery.message)
+    def _send(self, client: SmtpClient, delivery: Any, answered: dict[int, gmta.Outcome] | None = None) -> dict[int, gmta.Outcome]:
+        """The message to the recipients that have no answer yet."""
+        recipients = delivery.recipients
+        if answered:
+            recipients = [recipient for recipient in recipients if recipient.number not in answered]
+        try:
+            outcomes = client.send(delivery.envelope, recipients, delivery.message)
+        except ConnectionFailed as failure:
+            if failure.no_bdat and len(self._no_bdat) < MAX_REMEMBERED:
+                self._no_bdat.add(client.host)
+            raise
         self._pool.keep(delivery.next_hop, client)
         return outcomes
 
-    def _open(self, target: tuple[str, str, int]) -> SmtpClient:
-        """A connection; where opportunistic TLS fails in the handshake, another in clear (RFC 7435)."""
-        name, address, port = target
-        client = SmtpClient(self._settings, address, port, self._services.deadlines, name=name, context=self._context)
-        try:
-            client.connect()
-        except TlsFailed:
-            if self._config.tls == "required":
+    def _open(self, target: Target, next_hop: str, *, hurry: bool) -> SmtpClient:
+        """A connection, with TLS by the strictest rule first that may be had otherwise; raises ConnectionFailed, Unusable."""
+        config, services, hops = self._config, self._services, self._hops
+        policy: DomainPolicy = self._policies.of_domain(target.name if self._hosts else next_hop)
+        rule = self._policies.rule(policy, target)
+        while True:
+            client = SmtpClient(self._settings, target.address, target.port, services.deadlines, name=target.name, rule=rule,
+                                contexts=self._contexts, clock=services.clock,
+                                chunking=config.chunking and target.address not in self._no_bdat)
+            try:
+                client.connect(min(HURRY_S, config.connect_timeout) if hurry else None)
+            except TlsFailed as failure:
+                if rule.otherwise is None:
+                    raise
+                services.log.info("tls failed", remote=client.remote, reason=failure.outcome.reply.text, policy=rule.source)
+                rule = rule.otherwise
+            except ConnectionFailed as failure:
+                if not failure.connected:
+                    hops.failed(target)
                 raise
-            client = SmtpClient(self._settings, address, port, self._services.deadlines, name=name, context=self._context)
-            client.connect(clear=True)
-        return client
-
-    # --- where to -------------------------------------------------------------------------------------------------
-
-    def _targets(self, domain: str) -> list[tuple[str, str, int]]:
-        """(name, address, port) of the hosts to try, in order; raises NoTargets."""
-        if self._hosts:
-            return [(host, host, port) for host, port in self._hosts]
-        port = self._config.port
-        if domain.startswith("["):
-            try:
-                address = literal_ip(domain)
-            except AddressError as error:
-                raise NoTargets(gmta.failed(f"Bad address literal {domain}", enhanced="5.1.2")) from error
-            return self._outside([(address, address, port)], domain)
-        targets = []
-        trouble: gmta.Outcome | None = None
-        for name in self._exchangers(domain):
-            try:
-                targets += [(name, address, port) for address in self._addresses(name)]
-            except NoTargets as none:
-                trouble = none.outcome
-            if len(targets) >= MAX_HOSTS:
-                break
-        if not targets:
-            raise NoTargets(trouble or gmta.failed(f"No mail host of {domain} has an address", enhanced="5.4.4"))
-        return self._outside(targets, domain)
-
-    def _outside(self, targets: list[tuple[str, str, int]], domain: str) -> list[tuple[str, str, int]]:
-        """Without those that are this machine: mail to them would come back."""
-        if self._config.allow_loopback:
-            return targets
-        kept = []
-        for target in targets:
-            address = ipaddress.ip_address(target[1])
-            if not (address.is_loopback or address.is_unspecified):
-                kept.append(target)
-        if not kept:
-            raise NoTargets(gmta.failed(f"The mail hosts of {domain} point to loopback", enhanced="5.4.6"))
-        return kept
-
-    def _exchangers(self, domain: str) -> list[str]:
-        """MX hosts by preference, random among equals (RFC 5321 section 5.1); the domain itself where there is no MX."""
-        answer = self._look_up(domain, "MX")
-        if not answer:
-            return [domain]  # RFC 5321 section 5.1: implicit MX
-        records = [(record.preference, record.exchange.to_text(omit_final_dot=True).lower()) for record in answer]
-        if all(name in ("", ".") for _, name in records):  # RFC 7505 section 3
-            raise NoTargets(gmta.failed(f"{domain} takes no mail (null MX)", code=556, enhanced="5.1.10"))
-        ours = [preference for preference, name in records if name == self._services.hostname.lower()]
-        if ours:  # RFC 5321 section 5.1: none as far from the destination as we are
-            records = [record for record in records if record[0] < min(ours)]
-            if not records:
-                raise NoTargets(gmta.failed(f"Mail for {domain} loops back to this host", enhanced="5.4.6"))
-        random.shuffle(records)
-        records.sort(key=lambda record: record[0])
-        return [name for _, name in records]
-
-    def _addresses(self, name: str) -> list[str]:
-        """IPv4 and IPv6 addresses of a host; none where it has none. Raises NoTargets."""
-        return [record.address for kind in ("A", "AAAA") for record in self._look_up(name, kind)]
-
-    def _look_up(self, name: str, kind: str) -> list[Any]:
-        """Records, [] where the name has none of that type. Raises NoTargets: 5.1.2 no such name, 4.4.3 no answer."""
-        try:
-            return list(self._dns().resolve(f"{name}.", kind))
-        except dns.resolver.NoAnswer:
-            return []
-        except dns.resolver.NXDOMAIN as error:
-            raise NoTargets(gmta.failed(f"Domain {name} does not exist", enhanced="5.1.2")) from error
-        except (dns.exception.DNSException, OSError) as error:
-            # the lane stays open: one domain's DNS says nothing about a host
-            raise NoTargets(gmta.deferred(f"DNS look-up of {name} {kind} failed: {type(error).__name__}", enhanced="4.4.3")) from error
-
-    def _dns(self) -> dns.resolver.Resolver:
-        """The resolver of [dns]; its cache honours TTLs."""
-        resolver = self._resolver
-        if resolver is None:
-            settings = self._services.config.dns
-            resolver = dns.resolver.Resolver(configure=not settings.servers)
-            if settings.servers:
-                servers = [split_host(server, 53) for server in settings.servers]
-                resolver.nameservers = [server for server, _ in servers]
-                resolver.nameserver_ports = dict(servers)
-            resolver.lifetime = settings.timeout
-            resolver.cache = dns.resolver.LRUCache(max(1, settings.cache_size))
-            self._resolver = resolver
-        return resolver
+            else:
+                hops.answered(target)
+                return client
 
 
 class Lmtp(Relay):
@@ -236,8 +228,10 @@ def split_host(text: str, port: int) -> tuple[str, int]:
     return host, int(rest) if rest else port
 
 
-def _all(delivery: Any, outcome: gmta.Outcome) -> dict[int, gmta.Outcome]:
-    return {recipient.number: outcome for recipient in delivery.recipients}
+def _rest(delivery: Any, outcomes: dict[int, gmta.Outcome], outcome: gmta.Outcome | None) -> dict[int, gmta.Outcome]:
+    """The outcomes, with `outcome` for everybody who has none."""
+    outcome = outcome or gmta.deferred("No host to try", enhanced="4.4.4", recipient_fault=False)
+    return {recipient.number: outcome for recipient in delivery.recipients} | outcomes
 
 
 class Plugin:

@@ -1,66 +1,96 @@
 """The sending side of SMTP and LMTP over a gevent socket: one `SmtpClient` a connection, a `Pool` of kept ones.
 
-smtp/client.py knows the protocol; here are sockets, deadlines, TLS and what replies mean for each recipient. Which hosts
-to try and in what order is the transport's business. Every phase has a deadline as a whole, so a remote that drips octets
-gains nothing. Failure: `ConnectionFailed` carries the Outcome for all recipients; `stale` says that a kept connection died
-before the remote answered anything, so that trying on a new one can't deliver twice.
-RFC 5321 sections 3.3, 4.5.3.2; RFC 2033 (LMTP); RFC 2920 (pipelining); RFC 3207; RFC 3461; RFC 6152; RFC 6531.
+smtp/client.py knows the protocol; here are sockets, deadlines, TLS and what replies mean for each recipient. Which hosts to try and in
+what order is the transport's business, which TLS there must be tlspolicy's. Every phase has a deadline as a whole, so a remote that
+drips octets gains nothing, and so has the attempt; nothing hangs for ever.
+
+A message goes in one write with its envelope where the remote takes that (PIPELINING and CHUNKING), else after a reply to the
+envelope. Failure: `ConnectionFailed` carries the Outcome for all recipients that have none of their own yet (`outcomes`), and tells
+by `certain` whether the remote can't have taken the message, so that trying elsewhere at once can't deliver it twice.
+
+RFC 5321 sections 3.3, 3.8, 4.5.3.2, 4.5.4.1; RFC 1870 (SIZE); RFC 2033 (LMTP); RFC 2920 (pipelining); RFC 3030 (BDAT); RFC 3207;
+RFC 3461; RFC 4954; RFC 6152; RFC 6531; RFC 9422 (LIMITS).
 """
 
 from __future__ import annotations
 
+import base64
+import errno
+import os
 import socket as plain_socket
 import ssl
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gevent
 from gevent import socket
+from gevent.monkey import get_original
 
+from gmta.deliver.tlspolicy import Contexts, TlsRejected, TlsRule, failure_result, judge
 from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState
-from gmta.mail.message import Message
+from gmta.mail.message import MemoryBody, Message
 from gmta.mail.reply import Reply
 from gmta.mail.verdict import Outcome, Status, deferred, failed, outcome_of
 from gmta.services.deadlines import NEVER, Deadlines
-from gmta.smtp.client import ClientProtocol
+from gmta.services.tls import TlsError
+from gmta.smtp.client import ClientProtocol, Limits, parse_limits
 from gmta.smtp.data import Stuffer
 from gmta.smtp.lines import ProtocolError
+from gmta.smtp.sasl_client import choose
 
 SLOWEST = 8192  # octets a second that the data phase may sink to past its timeout
 MESSAGES_A_CONNECTION = 100
+ONE_WRITE = 64 * 1024  # up to this a message goes out with its envelope: what a refusal wastes is not worth a round trip
 _RECEIVE = 65536
 _SMALL = 256 * 1024  # up to this a message goes in one write
+_poll = get_original("select", "poll")
+_READABLE = 1 | 16  # POLLIN, POLLHUP
+_UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR)
+_NO_BDAT = (500, 502, 503)  # what a host says that shows CHUNKING and does not know BDAT, often since a firewall stands between
 
 
 @dataclass(slots=True)
 class Settings:
-    """How to talk to a next hop; times in seconds. tls: opportunistic, required or off."""
+    """How to talk to a next hop; times in seconds. source: our addresses, one a family; helo: our name in EHLO."""
 
-    hostname: str
+    helo: str
     lmtp: bool = False
-    tls: str = "opportunistic"
     username: str = ""
     password: str = ""
     connect_timeout: float = 30.0
     greeting_timeout: float = 300.0  # RFC 5321 section 4.5.3.2.1
     command_timeout: float = 300.0
     data_timeout: float = 600.0  # RFC 5321 section 4.5.3.2.6
-    idle_timeout: float = 5.0
+    attempt_timeout: float = 3600.0
+    source: tuple[str, ...] = ()
 
 
 class ConnectionFailed(Exception):
-    """No (more) conversation with this host; `outcome` is for every recipient without one of its own."""
+    """No (more) conversation with this host; `outcome` is for every recipient without one of its own in `outcomes`.
 
-    def __init__(self, outcome: Outcome, *, stale: bool = False) -> None:
+    certain: the remote can't have taken the message, so that another connection may be tried at once.  connected: there was a TCP
+    connection.  again: a new connection to the same host may well do.  no_bdat: if BDAT is not used there.
+    """
+
+    def __init__(self, outcome: Outcome, *, certain: bool = True) -> None:
         super().__init__(str(outcome.reply))
         self.outcome = outcome
-        self.stale = stale
+        self.certain = certain
+        self.connected = True
+        self.again = False
+        self.no_bdat = False
+        self.outcomes: dict[int, Outcome] = {}
 
 
 class TlsFailed(ConnectionFailed):
-    """The remote offered STARTTLS and the handshake failed: opportunistic callers may try again in clear."""
+    """There is no TLS as the rule asks for it. result: as in a TLS report (RFC 8460 section 4.3)."""
+
+    def __init__(self, outcome: Outcome, result: str) -> None:
+        super().__init__(outcome)
+        self.result = result
 
 
 class _Deadline(gevent.Timeout):
@@ -68,55 +98,103 @@ class _Deadline(gevent.Timeout):
 
 
 class SmtpClient:
-    """One connection to `host`:`port`. connect() first; send() any number of messages; quit() or close()."""
+    """One connection to an address. connect() first; send() any number of messages; quit() or close().
 
-    def __init__(self, settings: Settings, host: str, port: int, deadlines: Deadlines, *, name: str = "",
-                 context: ssl.SSLContext | None = None) -> None:
+    name: the host's, where it has one.  contexts: of TLS; without them there is none.  clock: Unix seconds, for certificates.
+    chunking: whether BDAT may be used where it is offered.
+    """
+
+    def __init__(self, settings: Settings, host: str, port: int, deadlines: Deadlines, *, name: str = "", rule: TlsRule | None = None,
+                 contexts: Contexts | None = None, clock: Callable[[], float] = time.time, chunking: bool = True) -> None:
         self.settings = settings
         self.host = host
         self.port = port
         self.remote = f"{name}[{host}]:{port}" if name and name != host else f"{host}:{port}"
-        self._name = name or host
-        self._context = context
+        self.rule = rule or TlsRule("may" if contexts is not None else "none")
+        self._contexts = contexts
+        self._clock = clock
+        self._chunking = chunking
         self._socket: Any = None
         self._protocol = ClientProtocol()
-        self.sent = 0
+        self._limits = Limits()
+        self._poll: Any = None
+        self.sent = 0  # transactions
+        self.sender_deferred = False  # the last MAIL was answered by 4xx
         self.used_at = 0.0
         self.usable = False
-        self.tls = False
+        self.tls = ""  # facts of the session, for the log
+        self.trouble: tuple[str, str] | None = None  # why there is no TLS, as in a TLS report, and in words
         self.deadline = NEVER  # of the wait for the socket
+        self._limit = NEVER  # of the attempt
         self._deadlines = deadlines
         self._expired = False
+        self._speaking = False  # the remote listens to us still
+        self._unclean = False  # a transaction is open that came to nothing
+        self._handed_over = False  # all of a message is on its way
+        self._heard = False  # the remote has said something in this transaction
 
     # --- opening --------------------------------------------------------------------------------------------------
 
-    def connect(self, *, clear: bool = False) -> None:
-        """Connects, greets, starts TLS and authenticates. clear: no STARTTLS. Raises ConnectionFailed."""
+    def connect(self, timeout_s: float | None = None) -> None:
+        """Connects, greets, starts TLS and authenticates; timeout_s: for the TCP connection. Raises ConnectionFailed."""
         settings = self.settings
-        with self._deadline(settings.connect_timeout, "connecting"):
-            try:
-                self._socket = socket.create_connection((self.host, self.port), timeout=None)
-            except OSError as error:
-                raise self._lost(f"Connection to {self.remote} failed: {error.strerror or error}", "4.4.1") from error
+        self._open_socket(settings.connect_timeout if timeout_s is None else timeout_s)
+        self._limit = self._deadlines.clock() + settings.attempt_timeout
         self._deadlines.watch(self)
         try:
             self._socket.setsockopt(plain_socket.IPPROTO_TCP, plain_socket.TCP_NODELAY, 1)
+            self._poll = _poll()
+            self._poll.register(self._socket.fileno(), _READABLE)
             greeting = self._read(settings.greeting_timeout, "the greeting")
             if greeting.code != 220:
                 raise self._refused(greeting)
             self._hello()
-            if not clear and settings.tls != "off":
+            if self.rule.level != "none":
                 self._start_tls()
             if settings.username:
                 self._authenticate()
+            self._limits = parse_limits(self._protocol.extensions.get("LIMITS", ""))
+        except ConnectionFailed:
+            self.quit()
+            raise
         except BaseException:
             self.close()
             raise
         self.usable = True
 
+    def _open_socket(self, timeout_s: float) -> None:
+        """The TCP connection, from our address of the family where we have one."""
+        six = ":" in self.host
+        sock = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            for source in self.settings.source:
+                if (":" in source) == six:
+                    sock.bind((source, 0))
+            error = sock._sock.connect_ex((self.host, self.port))  # gevent's connect would resolve the address in a thread
+            if error in _UNDER_WAY:
+                socket.wait_write(sock.fileno(), timeout_s)
+                error = sock.getsockopt(plain_socket.SOL_SOCKET, plain_socket.SO_ERROR)
+            if error:
+                raise OSError(error, os.strerror(error))
+        except TimeoutError as late:
+            sock.close()
+            raise self._unreached(f"Timeout while connecting ({self.remote})") from late
+        except OSError as fault:
+            sock.close()
+            raise self._unreached(f"Connection to {self.remote} failed: {fault.strerror or fault}") from fault
+        except BaseException:
+            sock.close()
+            raise
+        self._socket = sock
+
+    def _unreached(self, text: str) -> ConnectionFailed:
+        failure = self._lost(text, "4.4.1")
+        failure.connected = False
+        return failure
+
     def _hello(self) -> None:
         """EHLO, else HELO (RFC 5321 section 3.2); LHLO for LMTP (RFC 2033 section 4.1)."""
-        name = self.settings.hostname
+        name = self.settings.helo
         if self.settings.lmtp:
             reply = self._command(self._protocol.lhlo(name))
         else:
@@ -128,98 +206,163 @@ class SmtpClient:
 
     def _start_tls(self) -> None:
         """STARTTLS where it is offered (RFC 3207 section 4), then hello anew."""
-        required = self.settings.tls == "required"
-        if "STARTTLS" not in self._protocol.extensions or self._context is None:
-            if required:
-                raise self._lost(f"{self.remote} offers no TLS, which is required", "4.7.10")
+        rule = self.rule
+        if "STARTTLS" not in self._protocol.extensions or self._contexts is None:
+            self._no_tls(f"{self.remote} offers no TLS, which is required")
             return
         reply = self._command(self._protocol.starttls())
         if reply.code != 220:
-            if required:
-                raise self._refused(reply)
+            self._no_tls(f"{self.remote} refuses TLS, which is required: {reply}")
             return
-        with self._deadline(self.settings.command_timeout, "TLS"):
-            try:
-                self._socket = self._context.wrap_socket(self._socket, server_hostname=self._name)
-            except (OSError, ssl.SSLError) as error:
-                outcome = self._lost(f"TLS handshake with {self.remote} failed: {error}"[:300], "4.7.5").outcome
-                raise TlsFailed(outcome) from error
-        self.tls = True
+        try:
+            context = self._contexts.of(rule)
+            with _Deadline(self.settings.command_timeout) as late:
+                self._socket = context.wrap_socket(self._socket, server_hostname=rule.server_name or None)
+            how = judge(rule, self._socket, self._clock())
+        except _Deadline as timeout:
+            if timeout is not late:
+                raise
+            raise self._tls_failed(f"Timeout in the TLS handshake with {self.remote}", "validation-failure") from timeout
+        except (OSError, ssl.SSLError, TlsError) as error:  # SSLError is an OSError; both are named for the reader
+            words = getattr(error, "verify_message", "") or getattr(error, "reason", "") or str(error)
+            raise self._tls_failed(f"TLS handshake with {self.remote} failed: {words}", failure_result(error)) from error
+        except TlsRejected as rejected:
+            raise self._tls_failed(f"TLS with {self.remote} refused: {rejected}", rejected.result) from rejected
+        version, cipher = self._socket.version() or "TLS", (self._socket.cipher() or ("",))[0]
+        self.tls = f"{version} {cipher} {'verified:' + (rule.source if how == 'pki' else how) if how else 'unverified'}"
         try:
             self._protocol.tls_started()
         except ProtocolError as error:
             raise self._lost(f"{self.remote}: {error}", "4.7.0") from error
         self._hello()
 
-    def _authenticate(self) -> None:
-        """AUTH PLAIN (RFC 4616), only under TLS or to a loopback host."""
-        if "PLAIN" not in self._protocol.extensions.get("AUTH", "").upper().split():
-            raise self._lost(f"{self.remote} offers no AUTH PLAIN", "4.7.0")
-        if not self.tls and not self.host.startswith("127.") and self.host != "::1":
-            raise self._lost(f"No TLS with {self.remote}: the password is not sent in clear", "4.7.0")
-        reply = self._command(self._protocol.auth("PLAIN", f"\0{self.settings.username}\0{self.settings.password}".encode()))
-        if reply.code != 235:  # a wrong password is the postmaster's to mend, the mail waits (RFC 4954 section 6)
-            raise ConnectionFailed(deferred(f"Authentication refused: {reply}"[:300], enhanced="4.7.0", remote=self.remote,
-                                            recipient_fault=False))
+    def _no_tls(self, text: str) -> None:
+        """The remote won't: on in clear text, where the rule lets us in the end; raises TlsFailed."""
+        if not self.rule.clear_allowed:
+            raise TlsFailed(self._lost(text[:300], "4.7.10", speaking=True).outcome, "starttls-not-supported")
+        self.trouble = ("starttls-not-supported", text)
 
-    # --- a transaction --------------------------------------------------------------------------------------------
+    def _tls_failed(self, text: str, result: str) -> TlsFailed:
+        return TlsFailed(self._lost(text[:300], "4.7.5").outcome, result)
+
+    def _authenticate(self) -> None:
+        """AUTH with the best mechanism on offer (RFC 4954), a secret in clear only under TLS or to a loopback host."""
+        settings, protocol = self.settings, self._protocol
+        private = bool(self.tls) or self.host.startswith("127.") or self.host == "::1"
+        try:
+            chosen = choose(protocol.extensions.get("AUTH", ""), settings.username, settings.password, os.urandom(18).hex(), private=private)
+            if chosen is None:
+                where = "" if private else " that can do without TLS"
+                raise self._lost(f"{self.remote} offers no AUTH mechanism that is known here{where}", "4.7.0", speaking=True)
+            mechanism, exchange = chosen
+            reply = self._command(protocol.auth(mechanism, exchange.first))
+            while reply.code == 334:
+                try:
+                    answer: bytes | None = exchange.answer(_challenge(reply))
+                except ValueError as error:
+                    self._command(protocol.auth_response(None))
+                    raise self._lost(f"Authentication with {self.remote} broken off: {error}"[:300], "4.7.0", speaking=True) from error
+                reply = self._command(protocol.auth_response(answer))
+        except ValueError as error:
+            raise self._lost(f"No credentials for {self.remote}: {error}"[:300], "4.7.0", speaking=True) from error
+        if reply.code != 235 or not exchange.finished():  # what is wrong is the postmaster's to mend, the mail waits (RFC 4954 section 6)
+            raise self._lost(f"Authentication refused by {self.remote}: {reply}"[:300], "4.7.0", speaking=True)
+
+    # --- a message ------------------------------------------------------------------------------------------------
 
     def send(self, envelope: Envelope, recipients: Sequence[RecipientState], message: Message) -> dict[int, Outcome]:
-        """One mail transaction; an Outcome a recipient. Raises ConnectionFailed where the remote left before any answer."""
+        """One message, in as many transactions as the remote's limits ask for; an Outcome a recipient. Raises ConnectionFailed."""
+        now = self._deadlines.clock()
+        self._limit = now + self.settings.attempt_timeout + message.size / SLOWEST
         refusal = self._unfit(envelope, recipients, message)
         if refusal is not None:
             return {recipient.number: refusal for recipient in recipients}
-        commands = self._envelope_commands(envelope, recipients, message)
         outcomes: dict[int, Outcome] = {}
-        heard = False
         try:
-            if "PIPELINING" in self._protocol.extensions:
-                # RFC 2920 section 3.1: MAIL, RCPT and DATA in one write, DATA last
-                self._write(b"".join(commands) + self._protocol.data(), self.settings.command_timeout)
-                replies = []
-                for _ in commands:
-                    replies.append(self._read(self.settings.command_timeout, "a reply to the envelope"))
-                    heard = True
-                accepted = self._judge(replies, recipients, outcomes)
-                go_on = self._read(self.settings.data_timeout, "the reply to DATA")
-            else:
-                replies = []
-                for command in commands:
-                    replies.append(self._command(command))
-                    heard = True
-                    if len(replies) == 1 and not replies[0].positive:
-                        break
-                accepted = self._judge(replies, recipients, outcomes)
-                if not accepted:
-                    self._reset()
-                    return outcomes
-                go_on = self._command(self._protocol.data())
-            if go_on.code != 354:
-                self._all(accepted, outcome_of(go_on, remote=self.remote) if go_on.code >= 400
-                          else deferred("Unexpected reply to DATA", remote=self.remote), outcomes)
-                self._reset()
-                return outcomes
-            if not accepted:
-                self._write(b".\r\n", self.settings.command_timeout)  # RFC 2920 section 3.1: nobody takes it
-                for _ in range(0 if self.settings.lmtp else 1):
-                    self._read(self.settings.data_timeout, "the reply to an empty message")
-                return outcomes
-            self._send_data(message)
-            self._conclude(accepted, outcomes)
-            self.sent += 1
-            if self.sent >= MESSAGES_A_CONNECTION:
-                self.quit()
+            waiting = list(recipients)
+            while waiting:
+                part, rest = self._portion(waiting)
+                again = self._transaction(envelope, part, message, outcomes)
+                waiting = again + rest
+                if waiting and not self.usable:
+                    failure = self._lost(f"{self.remote} takes no more in this session", "4.5.3")
+                    failure.again = True
+                    raise failure
         except ConnectionFailed as failure:
             self.close()
-            if not heard:
-                failure.stale = self.sent > 0
-                raise
-            for recipient in recipients:
-                outcomes.setdefault(recipient.number, failure.outcome)
+            failure.outcomes = outcomes
+            raise
         except BaseException:
             self.close()
             raise
         return outcomes
+
+    def _portion(self, recipients: list[RecipientState]) -> tuple[list[RecipientState], list[RecipientState]]:
+        """(recipients of the next transaction, the rest), as LIMITS asks for (RFC 9422 section 4)."""
+        most, domains = self._limits.rcpt or len(recipients), self._limits.rcpt_domain
+        if not domains:
+            return recipients[:most], recipients[most:]
+        part: list[RecipientState] = []
+        rest: list[RecipientState] = []
+        seen: set[str] = set()
+        for recipient in recipients:
+            host = recipient.address.host
+            if len(part) < most and (host in seen or len(seen) < domains):
+                seen.add(host)
+                part.append(recipient)
+            else:
+                rest.append(recipient)
+        return part, rest
+
+    def _transaction(self, envelope: Envelope, recipients: list[RecipientState], message: Message,
+                     outcomes: dict[int, Outcome]) -> list[RecipientState]:
+        """One mail transaction; returns the recipients that the remote wants in another one."""
+        protocol, settings = self._protocol, self.settings
+        extensions = protocol.extensions
+        self._handed_over = False
+        self._heard = self.sender_deferred = False
+        if self._unclean:
+            self._reset()
+        limits = self._limits.mail or MESSAGES_A_CONNECTION
+        self.sent += 1
+        commands = self._envelope_commands(envelope, recipients, message)
+        chunking = self._chunking and "CHUNKING" in extensions
+        pipelining = "PIPELINING" in extensions
+        final: Reply | None = None
+        self._unclean = True
+        if not pipelining:
+            replies = []
+            for command in commands:
+                replies.append(self._command(command))
+                if replies[0].code >= 300:
+                    break
+            accepted, again = self._judge(replies, recipients, outcomes)
+        else:
+            group = list(commands)
+            whole = chunking and not settings.lmtp and message.size <= ONE_WRITE
+            if whole:
+                # RFC 3030 section 4.2: BDAT may follow RCPT in one group; where no recipient is accepted the remote refuses it
+                group.append(protocol.bdat(message.size, True))
+                group.extend(message.chunks())
+                self._handed_over = True
+            elif not chunking:
+                group.append(protocol.data())  # RFC 2920 section 3.1: the last of its group
+            self._write(b"".join(group), settings.command_timeout)
+            replies = [self._read(settings.command_timeout, "a reply to the envelope") for _ in range(len(recipients) + 1)]
+            accepted, again = self._judge(replies, recipients, outcomes)
+            if whole:
+                self._handed_over = bool(accepted)
+                final = self._read(settings.data_timeout, "the final reply")
+        if final is None:
+            if not chunking:
+                accepted = self._send_text(message, accepted, outcomes, asked=pipelining)
+            elif accepted:
+                self._send_chunk(message)
+        if accepted:
+            self._conclude(accepted, outcomes, final, chunking=chunking)
+        if self.sent >= limits:
+            self.quit()
+        return again
 
     def _unfit(self, envelope: Envelope, recipients: Sequence[RecipientState], message: Message) -> Outcome | None:
         """The failure of a message that this remote can't take, before it is tried."""
@@ -228,7 +371,10 @@ class SmtpClient:
         if limit.isdigit() and 0 < int(limit) < message.size:  # RFC 1870 section 6.1
             return failed(f"Message of {message.size} octets is larger than {self.remote} takes ({limit})", enhanced="5.3.4",
                           code=552, remote=self.remote)
-        if "8BITMIME" not in extensions and envelope.body != "7BIT" and not all(map(bytes.isascii, message.chunks())):
+        if envelope.body == "BINARYMIME" and ("BINARYMIME" not in extensions or "CHUNKING" not in extensions or not self._chunking):
+            return failed(f"{self.remote} does not take binary messages", enhanced="5.6.3", code=554,
+                          remote=self.remote)  # RFC 3030 section 3
+        if "8BITMIME" not in extensions and not all(map(bytes.isascii, message.chunks())):
             return failed(f"{self.remote} does not take 8-bit messages", enhanced="5.6.3", code=554,
                           remote=self.remote)  # RFC 6152 section 3
         if envelope.smtputf8 and "SMTPUTF8" not in extensions:
@@ -238,103 +384,150 @@ class SmtpClient:
                               remote=self.remote)  # RFC 6531 section 3.2
         return None
 
-    def _envelope_commands(self, envelope: Envelope, recipients: Sequence[RecipientState], message: Message) -> list[bytes]:
-        """MAIL and one RCPT a recipient, with the parameters that the remote knows."""
+    def _envelope_commands(self, envelope: Envelope, recipients: Sequence[RecipientState], message: Message) -> Iterator[bytes]:
+        """MAIL and one RCPT a recipient, with the parameters that the remote knows; each is to be sent when it is taken."""
         protocol = self._protocol
         extensions = protocol.extensions
         dsn = "DSN" in extensions
         utf8 = envelope.smtputf8 and "SMTPUTF8" in extensions
-        body = envelope.body if envelope.body != "7BIT" and "8BITMIME" in extensions else None
-        if body == "BINARYMIME":
-            body = "8BITMIME"
-        commands = [protocol.mail(_wire(envelope.sender, utf8), size=message.size if "SIZE" in extensions else None, body=body,
-                                  smtputf8=utf8, ret=envelope.ret if dsn else "", envid=envelope.envid if dsn else "")]
+        body: str | None = None
+        if "8BITMIME" in extensions:
+            body = envelope.body
+            if body == "7BIT":  # RFC 6152 section 3: whatever was said when it came, what is in it has to be declared
+                memory = type(message.body) is MemoryBody
+                body = None if not memory or (message.header.isascii() and message.body.data.isascii()) else "8BITMIME"  # type: ignore[union-attr]
+        yield protocol.mail(_wire(envelope.sender, utf8), size=message.size if "SIZE" in extensions else None, body=body,
+                            smtputf8=utf8, ret=envelope.ret if dsn else "", envid=envelope.envid if dsn else "")
         for recipient in recipients:
             if dsn:
                 # RFC 3461 section 5.2.1: NOTIFY and ORCPT go on unchanged
-                commands.append(protocol.rcpt(_wire(recipient.address, utf8), notify=sorted(recipient.notify), orcpt=recipient.orcpt))
+                yield protocol.rcpt(_wire(recipient.address, utf8), notify=recipient.notify, orcpt=recipient.orcpt)
             else:
-                commands.append(protocol.rcpt(_wire(recipient.address, utf8)))
-        return commands
+                yield protocol.rcpt(_wire(recipient.address, utf8))
 
-    def _judge(self, replies: list[Reply], recipients: Sequence[RecipientState], outcomes: dict[int, Outcome]) -> list[RecipientState]:
-        """Recipients whose RCPT was accepted; the others get their Outcome."""
-        if not replies[0].positive:
-            self._all(recipients, outcome_of(replies[0], remote=self.remote), outcomes)
-            return []
-        accepted = []
+    def _judge(self, replies: list[Reply], recipients: Sequence[RecipientState],
+               outcomes: dict[int, Outcome]) -> tuple[list[RecipientState], list[RecipientState]]:
+        """(recipients whose RCPT was accepted, those that were one too many for it); the others get their Outcome."""
+        if replies[0].code >= 300:
+            self.sender_deferred = not replies[0].permanent
+            for recipient in recipients:
+                outcomes[recipient.number] = self._outcome(replies[0])
+            return [], []
+        accepted: list[RecipientState] = []
+        again: list[RecipientState] = []
         for recipient, reply in zip(recipients, replies[1:], strict=True):
-            if reply.positive:
+            if reply.code < 300:
                 accepted.append(recipient)
-            elif reply.code == 552 and reply.enhanced is None:  # RFC 5321 section 4.5.3.1.10: too many recipients, old style
-                outcomes[recipient.number] = deferred(reply.text[:300] or "Too many recipients", code=452, enhanced="4.5.3",
-                                                      remote=self.remote)
-            else:
-                outcomes[recipient.number] = outcome_of(reply, remote=self.remote)
-        return accepted
+                continue
+            if _too_many(reply):
+                again.append(recipient)
+                if reply.permanent:  # RFC 5321 section 4.5.3.1.10: the old way to say it
+                    reply = Reply(452, "4.5.3", *reply.lines)
+            outcomes[recipient.number] = self._outcome(reply)
+        if not accepted:
+            return [], []
+        for recipient in again:
+            del outcomes[recipient.number]
+        return accepted, again
+
+    def _outcome(self, reply: Reply) -> Outcome:
+        """What a reply means for a recipient."""
+        outcome = outcome_of(reply, remote=self.remote)
+        outcome.tls = self.tls
+        return outcome
+
+    def _send_text(self, message: Message, accepted: list[RecipientState], outcomes: dict[int, Outcome], *,
+                   asked: bool) -> list[RecipientState]:
+        """The message after a 354, dot-stuffed; returns those who wait for the final reply. asked: DATA is under way already."""
+        if not asked and not accepted:
+            return []
+        go_on = self._read(self.settings.data_timeout, "the reply to DATA") if asked else self._command(self._protocol.data())
+        if go_on.code != 354:
+            for recipient in accepted:
+                outcomes[recipient.number] = (self._outcome(go_on) if go_on.code >= 400 else
+                                              deferred("Unexpected reply to DATA", remote=self.remote))
+            return []
+        if accepted:
+            self._send_data(message)
+            return accepted
+        self._write(b".\r\n", self.settings.command_timeout)  # RFC 2920 section 3.1: nobody takes it
+        for _ in range(0 if self.settings.lmtp else 1):
+            self._read(self.settings.data_timeout, "the reply to an empty message")
+        return []
 
     def _send_data(self, message: Message) -> None:
         """The octets, dot-stuffed (RFC 5321 section 4.5.2), in few writes."""
-        timeout_s = self.settings.data_timeout + message.size / SLOWEST
         pending = bytearray()
         stuffer = Stuffer()
-        self.deadline = self._deadlines.clock() + timeout_s
+        self._begin_data(message)
         for piece in message.chunks():
             pending += stuffer.feed(piece)
             if len(pending) >= _SMALL:
-                self._send(bytes(pending), "sending the message", lane=False)
+                self._send(bytes(pending), "sending the message")
                 pending.clear()
         pending += stuffer.finish()
-        self._send(bytes(pending), "sending the message", lane=False)
-        self.deadline = NEVER
+        self._handed_over = True
+        self._send(bytes(pending), "sending the message")
 
-    def _conclude(self, accepted: list[RecipientState], outcomes: dict[int, Outcome]) -> None:
+    def _send_chunk(self, message: Message) -> None:
+        """The octets as they are, as one chunk (RFC 3030 section 2)."""
+        pending = bytearray(self._protocol.bdat(message.size, True))
+        self._begin_data(message)
+        left = message.size
+        for piece in message.chunks():
+            pending += piece
+            left -= len(piece)
+            if len(pending) >= _SMALL or not left:
+                self._handed_over = not left
+                self._send(bytes(pending), "sending the message")
+                pending.clear()
+        if left:  # the remote waits for octets that are not there
+            raise OSError("the message is shorter than it was")
+
+    def _begin_data(self, message: Message) -> None:
+        self.deadline = min(self._deadlines.clock() + self.settings.data_timeout + message.size / SLOWEST, self._limit)
+
+    def _conclude(self, accepted: list[RecipientState], outcomes: dict[int, Outcome], reply: Reply | None, *, chunking: bool) -> None:
         """The final reply, or with LMTP one a recipient in the order of RCPT (RFC 2033 section 4.2)."""
         relayed = "DSN" not in self._protocol.extensions
-        reply: Reply | None = None
+        positive = True
         for recipient in accepted:
             if reply is None or self.settings.lmtp:
                 reply = self._read(self.settings.data_timeout, "the final reply")
-            outcome = outcome_of(reply, remote=self.remote)
+            if chunking and reply.code in _NO_BDAT:
+                self._handed_over = False
+                failure = ConnectionFailed(self._outcome(reply))
+                failure.outcome = deferred(f"{self.remote} offers CHUNKING and refuses BDAT: {reply}"[:300], remote=self.remote)
+                failure.again = failure.no_bdat = True
+                self._speaking = False
+                raise failure
+            outcome = self._outcome(reply)
             outcome.relayed = relayed and outcome.status is Status.DELIVERED
             outcomes[recipient.number] = outcome
-
-    def _all(self, recipients: Sequence[RecipientState], outcome: Outcome, outcomes: dict[int, Outcome]) -> None:
-        for recipient in recipients:
-            outcomes[recipient.number] = outcome
-        if outcome.reply.code == 421:  # RFC 5321 section 3.8: it is closing
-            outcome.recipient_fault = False
-            self.close()
+            positive = positive and reply.code < 300
+        self._handed_over = False
+        self._unclean = not positive and chunking  # RFC 3030 section 4.2: after a refused chunk RSET has to come
 
     def _reset(self) -> None:
-        """RSET, so that the connection can be kept; one that does not answer is not."""
-        if not self.usable:
-            return
-        try:
-            if self._command(self._protocol.rset()).positive:
-                return
-        except ConnectionFailed:
-            pass
-        self.close()
+        """RSET, before the next transaction."""
+        self._command(self._protocol.rset())
+        self._unclean = False
 
     # --- octets ---------------------------------------------------------------------------------------------------
 
-    def _deadline(self, seconds: float, what: str) -> _Timer:
-        return _Timer(self, seconds, what)
-
     def _write(self, data: bytes, timeout_s: float) -> None:
-        self.deadline = self._deadlines.clock() + timeout_s
+        self.deadline = min(self._deadlines.clock() + timeout_s, self._limit)
         self._send(data, "sending a command")
-        self.deadline = NEVER
 
-    def _send(self, data: bytes, what: str, *, lane: bool = True) -> None:
+    def _send(self, data: bytes, what: str) -> None:
         try:
             sent = self._socket.send(data)  # sendall would ask the kernel for its buffer size each time
             while sent < len(data):
                 data = data[sent:]
                 sent = self._socket.send(data)
-        except (OSError, ssl.SSLError) as error:
-            raise self._broken(what, error, lane=lane) from error
+        except OSError as error:
+            self._handed_over = False  # what was not sent can't have been taken
+            raise self._broken(what, error) from error
 
     def expire(self) -> None:
         """A wait has taken too long: shuts the socket down under whoever waits for it."""
@@ -344,13 +537,13 @@ class SmtpClient:
         except OSError:
             pass
 
-    def _broken(self, what: str, error: Exception | None = None, *, lane: bool = True) -> ConnectionFailed:
+    def _broken(self, what: str, error: Exception | None = None) -> ConnectionFailed:
         """What ended the connection: our deadline, an error of the socket, or the remote."""
         if self._expired:
-            return self._lost(f"Timeout while {what} ({self.remote})", "4.4.2", lane=lane)
+            return self._lost(f"Timeout while {what} ({self.remote})", "4.4.2")
         if error is not None:
-            return self._lost(f"Connection to {self.remote} lost while {what}: {error}"[:300], "4.4.2", lane=lane)
-        return self._lost(f"{self.remote} closed the connection while {what}", "4.4.2", lane=lane)
+            return self._lost(f"Connection to {self.remote} lost while {what}: {error}", "4.4.2")
+        return self._lost(f"{self.remote} closed the connection while {what}", "4.4.2")
 
     def _command(self, data: bytes) -> Reply:
         """Sends a command and returns its reply."""
@@ -363,7 +556,7 @@ class SmtpClient:
         try:
             reply = protocol.next_reply()
             if reply is None:
-                self.deadline = self._deadlines.clock() + timeout_s
+                self.deadline = min(self._deadlines.clock() + timeout_s, self._limit)
                 while reply is None:
                     data = self._socket.recv(_RECEIVE)
                     if not data:
@@ -371,28 +564,44 @@ class SmtpClient:
                     protocol.receive_data(data)
                     reply = protocol.next_reply()
                 self.deadline = NEVER
-        except (OSError, ssl.SSLError) as error:
+        except OSError as error:
             raise self._broken(f"waiting for {what}", error) from error
         except (ProtocolError, ValueError) as error:
-            raise self._lost(f"{self.remote} does not speak SMTP: {error}"[:300], "4.5.0") from error
+            raise self._lost(f"{self.remote} does not speak SMTP: {error}", "4.5.0") from error
+        self._heard = self._speaking = True
         if reply.code == 421:  # RFC 5321 section 3.8
             raise self._refused(reply)
         return reply
 
-    def _lost(self, text: str, enhanced: str, *, lane: bool = True) -> ConnectionFailed:
-        clean = "".join(char if char.isprintable() else " " for char in text)
-        return ConnectionFailed(deferred(clean, enhanced=enhanced, code=451, remote=self.remote, recipient_fault=not lane))
+    def _lost(self, text: str, enhanced: str, *, speaking: bool = False) -> ConnectionFailed:
+        """There is no going on with this connection; speaking: but for QUIT."""
+        self._speaking = speaking and self._speaking
+        clean = "".join(char if char.isprintable() else " " for char in text[:300])
+        outcome = deferred(clean, enhanced=enhanced, code=451, remote=self.remote, recipient_fault=False)
+        outcome.tls = self.tls
+        # What a kept connection has not answered at all was closed before it could take anything
+        return ConnectionFailed(outcome, certain=not self._handed_over or (self.sent > 1 and not self._heard))
 
     def _refused(self, reply: Reply) -> ConnectionFailed:
-        """The remote does not want to talk: a 5xx greeting too only sends us to another host or another time."""
-        if reply.transient:
-            return ConnectionFailed(deferred("", reply=reply, remote=self.remote, recipient_fault=False))
-        return self._lost(f"{self.remote} refused: {reply}"[:300], "4.4.0")
+        """The remote does not want to talk: 421 now, any other code as the greeting or to EHLO."""
+        self._speaking = reply.code != 421  # RFC 5321 section 3.8: it is closing
+        outcome = outcome_of(reply, remote=self.remote, recipient_fault=False)
+        if outcome.status is Status.DELIVERED:  # a positive code that has no meaning here
+            return self._lost(f"{self.remote} answers {reply}", "4.5.0", speaking=True)
+        outcome.tls = self.tls
+        return ConnectionFailed(outcome)
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def closed_by_remote(self) -> bool:
+        """Whether the remote has closed this idle connection, or said something, which can only be 421."""
+        return bool(self._poll.poll(0))
 
     def quit(self) -> None:
-        """QUIT without waiting for the answer, then close."""
-        if self.usable:
+        """QUIT without waiting for the answer, where the remote still listens, then close."""
+        if self._speaking and self._socket is not None:
             try:
+                self._limit = NEVER
                 self._write(self._protocol.quit(), 1.0)
             except (ConnectionFailed, ProtocolError):
                 pass
@@ -400,7 +609,7 @@ class SmtpClient:
 
     def close(self) -> None:
         """Closes the socket."""
-        self.usable = False
+        self.usable = self._speaking = False
         self._deadlines.forget(self)
         if self._socket is not None:
             try:
@@ -410,27 +619,8 @@ class SmtpClient:
             self._socket = None
 
 
-class _Timer:
-    """A deadline of one phase as a context manager; its end is a ConnectionFailed."""
-
-    __slots__ = ("_client", "_timeout", "_what")
-
-    def __init__(self, client: SmtpClient, seconds: float, what: str) -> None:
-        self._client = client
-        self._timeout = _Deadline(seconds)
-        self._what = what
-
-    def __enter__(self) -> None:
-        self._timeout.start()
-
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        self._timeout.close()
-        if value is self._timeout:
-            raise self._client._lost(f"Timeout while {self._what} ({self._client.remote})", "4.4.2") from None
-
-
 class Pool:
-    """Kept connections by key; `take` one, `keep` it afterwards. Idle ones are closed by `sweep` or when taken too late."""
+    """Kept connections by key; `take` one, `keep` it afterwards. Idle ones are closed by a sweep, or when taken too late."""
 
     def __init__(self, idle_timeout_s: float, clock: Callable[[], float], spawn: Callable[..., Any]) -> None:
         self._idle_timeout_s = idle_timeout_s
@@ -441,13 +631,18 @@ class Pool:
 
     def take(self, key: Any) -> SmtpClient | None:
         """The connection of that key that was used last, if one is fresh enough."""
-        oldest = self._clock() - self._idle_timeout_s
         clients = self._idle.get(key)
+        if not clients:
+            return None
+        oldest = self._clock() - self._idle_timeout_s
         while clients:
             client = clients.pop()
-            if client.used_at >= oldest:
+            if client.closed_by_remote():
+                client.close()
+            elif client.used_at >= oldest:
                 return client
-            client.quit()
+            else:
+                client.quit()
         return None
 
     def keep(self, key: Any, client: SmtpClient) -> None:
@@ -490,3 +685,15 @@ def _wire(address: Address, utf8: bool) -> Address:
     if utf8 or address.domain.isascii():
         return address
     return Address(address.local, address.host)
+
+
+def _too_many(reply: Reply) -> bool:
+    """Whether a RCPT was refused since there are too many in this transaction (RFC 5321 section 4.5.3.1.10)."""
+    if reply.enhanced is None:
+        return reply.code in (452, 552)
+    return reply.enhanced[2:] == "5.3"
+
+
+def _challenge(reply: Reply) -> bytes:
+    """The octets of a 334 reply; raises ValueError."""
+    return base64.b64decode(reply.text, validate=True)

@@ -107,6 +107,12 @@ class NextHops:
             raise trouble or NoTargets(deferred("No host to try", enhanced="4.4.4"))
         return self._living(targets)
 
+    def web_addresses(self, host: str) -> list[str]:
+        """Public addresses of a host that we fetch something from, since others name it (RFC 8461); none where DNS has none."""
+        found = self._resolver.addresses(host)
+        return [address for address in self._order(found)
+                if not self._fault(address) and (self._allow_loopback or not ipaddress.ip_address(address).is_private)]
+
     def failed(self, target: Target) -> None:
         """Notes that an address gave no connection."""
         if len(self._dead) >= MAX_DEAD:

@@ -59,11 +59,13 @@ def _server_context(certificate: str, key: str | None, minimum_version: str) -> 
     return context
 
 
-def client_context(verify: bool = False, *, ca_file: str | None = None, minimum_version: str = "1.2") -> ssl.SSLContext:
+def client_context(verify: bool = False, *, match_name: bool = True, ca_file: str | None = None,
+                   minimum_version: str = "1.2") -> ssl.SSLContext:
     """A context for outgoing connections.
 
-    Opportunistic TLS verifies nothing: a certificate that does not check out still beats clear text (RFC 7435).
-    verify: chain and host name must be right, against `ca_file` or the system's authorities.
+    Opportunistic TLS verifies nothing and takes small keys and old ciphers too: all of it still beats clear text (RFC 7435).
+    verify: the chain must lead to `ca_file` or to the system's authorities, and with match_name the certificate must be for the
+    host; without it the caller compares names.
     """
     context = SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = minimum(minimum_version)
@@ -71,7 +73,9 @@ def client_context(verify: bool = False, *, ca_file: str | None = None, minimum_
     if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+        context.set_ciphers("DEFAULT:@SECLEVEL=1")
         return context
+    context.check_hostname = match_name
     try:
         if ca_file:
             context.load_verify_locations(ca_file)

@@ -203,14 +203,14 @@ class ClientProtocol:
         return line
 
     def rcpt(self, recipient: Address | str, notify: Iterable[str] = (), orcpt: str = "") -> bytes:
-        """RCPT. orcpt is "type;plain address" and is sent as xtext."""
+        """RCPT. orcpt is "type;plain address" and is sent as xtext, or for the type utf-8 as RFC 6533 has it."""
         words = [f"TO:<{recipient}>"]
         notified = ",".join(sorted(notify))
         if notified:
             words.append(f"NOTIFY={notified}")
         if orcpt:
             kind, _, address = orcpt.partition(";")
-            words.append(f"ORCPT={kind};{encode_xtext(address)}")
+            words.append(f"ORCPT={kind};{_utf8_xtext(address) if kind.lower() == 'utf-8' else encode_xtext(address)}")
         return self._command("RCPT", " ".join(words))
 
     def data(self) -> bytes:
@@ -265,6 +265,11 @@ def parse_ehlo(lines: list[bytes]) -> dict[str, str]:
         if keyword:
             found.setdefault(keyword.upper(), parameters.strip())
     return found
+
+
+def _utf8_xtext(address: str) -> str:
+    """An address as utf-8-addr-xtext, which every remote can take (RFC 6533 section 3)."""
+    return "".join(char if "!" <= char <= "~" and char not in "+=\\" else f"\\x{{{ord(char):02X}}}" for char in address)
 
 
 class Limits(NamedTuple):

@@ -1,262 +1,522 @@
-"""The relay and lmtp transports against a scripted remote on loopback: outcomes, connection reuse, fail-over, MX answers."""
+"""The relay and lmtp transports against scripted hosts on loopback: outcomes, connections, fail-over, limits, TLS and AUTH."""
 
 from __future__ import annotations
 
+import base64
 import re
-import time
-from collections.abc import Iterator
-from types import SimpleNamespace
+import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import dns.resolver
 import gevent
 import pytest
-from gevent import socket
-from gevent.server import StreamServer
 
 from gmta import Delivery
+from gmta.config import ConfigError, Section
 from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import Message
 from gmta.mail.verdict import Status
 from gmta.services.deadlines import Deadlines
-from gmta.services.log import NullLog
+from gmta.smtp.data import stuff
+from gmta.testing import MemoryLog, make_services
+from gmta.testing.peer import Peer
+from gmta.testing.zone import Zone
 from gmta_plugins.relay import Lmtp, Relay, split_host
 
 RAW = b"Subject: x\r\n\r\n.dot\r\n..two\r\nbody\r\n"
+DELIVERED, DEFERRED, FAILED = Status.DELIVERED, Status.DEFERRED, Status.FAILED
+
+GREET = """
+S: 220 mx1.example.org ESMTP
+C: ^EHLO
+S: 250-mx1.example.org
+S: 250-PIPELINING
+S: 250-8BITMIME
+S: 250 SIZE 1000000
+"""
 
 
-class Remote:
-    """An SMTP server whose answers can be set: `replies` maps a command's start to a reply; None closes."""
+class Out:
+    """A transport with all it needs. keys: of its section; `zone`: DNS; `core`: more of the ini file."""
 
-    def __init__(self, *, lmtp: bool = False, extensions: tuple[str, ...] = ("PIPELINING", "8BITMIME", "SIZE 100000")) -> None:
-        self.lmtp = lmtp
-        self.extensions = extensions
-        self.replies: dict[str, str | None] = {}
-        self.commands: list[str] = []
-        self.messages: list[bytes] = []
-        self.connections = 0
-        self.server = StreamServer(("127.0.0.1", 0), self.talk)
-        self.server.start()
+    def __init__(self, *hosts: str, kind: type[Relay] = Relay, zone: Any = None, core: str = "", **keys: Any) -> None:
+        self.log = MemoryLog()
+        self.services = make_services(core, resolver=Zone(zone or {}), log=self.log)
+        self.services._still = Deadlines()
+        section = Section("transport:out", values={name: str(value) for name, value in keys.items()} | ({"host": " ".join(hosts)} if hosts else {}))
+        self.transport = kind("out", self.services.config.validate(kind.Config, section), self.services)
+        self.tried: list[str] = []
 
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.server.server_port}"
-
-    def talk(self, connection: Any, peer: Any) -> None:
-        self.connections += 1
-        stream = connection.makefile("rwb", buffering=0)
-
-        def say(text: str) -> None:
-            connection.sendall(text.encode() + b"\r\n")
-
-        say(self.replies.get("greeting") or "220 remote")
-        accepted = 0
-        for raw in stream:
-            line = raw.decode().rstrip("\r\n")
-            self.commands.append(line)
-            found = [reply for start, reply in self.replies.items() if line.startswith(start)]
-            if found:
-                if found[0] is None:
-                    break
-                say(found[0])
-                continue
-            verb = line.upper().split()[0]
-            if verb in ("EHLO", "LHLO"):
-                lines = ["remote", *self.extensions]
-                say("\r\n".join(f"250{' ' if n == len(lines) - 1 else '-'}{text}" for n, text in enumerate(lines)))
-            elif verb == "MAIL":
-                accepted = 0
-                say("250 2.1.0 ok")
-            elif verb == "RCPT":
-                if "<bad" in line:
-                    say("550 5.1.1 unknown user")
-                else:
-                    accepted += 1
-                    say("250 2.1.5 ok")
-            elif verb == "DATA":
-                if not accepted:
-                    say("554 5.5.1 no valid recipients")
-                    continue
-                say("354 go on")
-                data = b""
-                while not data.endswith(b"\r\n.\r\n"):
-                    data += next(stream)
-                self.messages.append(re.sub(rb"(?m)^\.", b"", data[:-3]))
-                for n in range(accepted if self.lmtp else 1):
-                    say(self.replies.get(f"final{n}") or "250 2.0.0 taken")
-            elif verb == "QUIT":
-                say("221 bye")
-                break
-            else:
-                say("250 2.0.0 ok")
-        connection.close()
+    def send(self, *names: str, raw: bytes = RAW, next_hop: str = "", sender: str = "a@b.example", **facts: Any) -> list[Any]:
+        """The outcomes, in the order of the recipients."""
+        job = delivery(*(names or ("x@c.example",)), raw=raw, next_hop=next_hop, sender=sender, **facts)
+        outcomes = self.transport.deliver(job)
+        self.tried += [str(outcome.reply) for outcome in job.attempts]
+        return [outcomes[recipient.number] for recipient in job.recipients]
 
 
-@pytest.fixture
-def remote() -> Iterator[Remote]:
-    made = Remote()
-    yield made
-    made.server.stop(timeout=0.1)
-
-
-def services() -> Any:
-    return SimpleNamespace(hostname="mx.example", clock=time.time, spawn=gevent.spawn, log=NullLog(), deadlines=Deadlines(),
-                           config=SimpleNamespace(dns=SimpleNamespace(servers=["127.0.0.1:9"], timeout=1.0, cache_size=10)))
-
-
-def relay(*hosts: str, kind: type[Relay] = Relay, **keys: Any) -> Relay:
-    return kind("out", kind.Config(host=list(hosts), **keys), services())
-
-
-def delivery(*names: str, raw: bytes = RAW, next_hop: str = "", **facts: Any) -> Any:
-    recipients = [RecipientState(n, Address(name, "c.example")) for n, name in enumerate(names)]
+def delivery(*names: str, raw: bytes = RAW, next_hop: str = "", sender: str = "a@b.example", **facts: Any) -> Delivery:
+    recipients = [RecipientState(n, Address.parse(name if "@" in name else f"{name}@c.example")) for n, name in enumerate(names)]
     message = Message.from_bytes(raw)
-    envelope = Envelope("0123456789ABCDEF", Address("a", "b.example"), recipients, message.size, **facts)
+    envelope = Envelope("0123456789ABCDEF", Address.parse(sender), recipients, message.size, **facts)
     return Delivery(envelope, recipients, message, "out", next_hop, True)
 
 
-@pytest.mark.parametrize("pipelining", [True, False])
-def test_outcome_per_recipient_and_the_octets(remote: Remote, pipelining: bool) -> None:
-    if not pipelining:
-        remote.extensions = ("8BITMIME",)
-    outcomes = relay(remote.address).deliver(delivery("x", "bad", "y"))
-    assert [outcomes[n].status for n in range(3)] == [Status.DELIVERED, Status.FAILED, Status.DELIVERED]
-    assert outcomes[1].reply.enhanced == "5.1.1" and remote.address in outcomes[1].remote
-    assert outcomes[0].relayed  # it offers no DSN
-    assert remote.messages == [RAW]
+@pytest.fixture
+def make() -> Iterator[Callable[..., Out]]:
+    made: list[Out] = []
+
+    def one(*hosts: str, **keys: Any) -> Out:
+        made.append(Out(*hosts, **keys))
+        return made[-1]
+
+    yield one
+    for out in made:
+        out.transport.close()
 
 
-def test_connection_is_kept_and_a_stale_one_replaced(remote: Remote) -> None:
-    transport = relay(remote.address)
-    for _ in range(3):
-        assert transport.deliver(delivery("x"))[0].status is Status.DELIVERED
-    assert remote.connections == 1
-    remote.replies["MAIL"] = None  # it closes on us, then recovers
-    first = transport.deliver(delivery("x"))
-    assert first[0].status is Status.DEFERRED and remote.connections == 2
-    del remote.replies["MAIL"]
-    assert transport.deliver(delivery("x"))[0].status is Status.DELIVERED
+@pytest.fixture
+def host() -> Iterator[Callable[..., Peer]]:
+    made: list[Peer] = []
+
+    def one(*scripts: str, **facts: Any) -> Peer:
+        made.append(Peer(*scripts, **facts))
+        return made[-1]
+
+    yield one
+    for peer in made:
+        peer.close()
 
 
-def test_all_refused_leaves_the_connection_usable(remote: Remote) -> None:
-    transport = relay(remote.address)
-    assert transport.deliver(delivery("bad"))[0].status is Status.FAILED
-    assert transport.deliver(delivery("x"))[0].status is Status.DELIVERED
-    assert remote.connections == 1 and remote.messages == [RAW]
+Make = Callable[..., Out]
+Host = Callable[..., Peer]
+KEYWORDS = [["PIPELINING", "8BITMIME"], ["8BITMIME"], ["PIPELINING", "CHUNKING", "8BITMIME"], ["CHUNKING", "8BITMIME"], []]
 
 
-def test_next_host_where_one_is_dead_or_busy(remote: Remote) -> None:
-    busy = Remote()
-    busy.replies["greeting"] = "421 4.3.2 busy"
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        dead = f"127.0.0.1:{unused.getsockname()[1]}"
-        assert relay(dead, busy.address, remote.address).deliver(delivery("x"))[0].status is Status.DELIVERED
-        outcome = relay(dead, busy.address).deliver(delivery("x"))[0]
-    busy.server.stop(timeout=0.1)
-    assert outcome.status is Status.DEFERRED and not outcome.recipient_fault and outcome.reply.code == 421
+def statuses(outcomes: list[Any]) -> list[Status]:
+    return [outcome.status for outcome in outcomes]
 
 
-def test_silent_remote_times_out(remote: Remote) -> None:
-    silent = StreamServer(("127.0.0.1", 0), lambda connection, peer: gevent.sleep(60))
-    silent.start()
-    outcome = relay(f"127.0.0.1:{silent.server_port}", greeting_timeout="0.05s").deliver(delivery("x"))[0]
-    silent.stop(timeout=0.01)
-    assert outcome.status is Status.DEFERRED and outcome.reply.enhanced == "4.4.2"
+# --- outcomes -------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_remote_cannot_take_fails_at_once(remote: Remote) -> None:
-    remote.extensions = ("SIZE 10",)
-    assert relay(remote.address).deliver(delivery("x"))[0].reply.enhanced == "5.3.4"
-    remote.extensions = ("PIPELINING",)
-    raw = "Subject: x\r\n\r\nä\r\n".encode()
-    assert relay(remote.address).deliver(delivery("x", raw=raw, body="8BITMIME"))[0].reply.enhanced == "5.6.3"
-    raw = "Subject: ä\r\n\r\nx\r\n".encode()
-    assert relay(remote.address).deliver(delivery("x", raw=raw, smtputf8=True))[0].reply.enhanced == "5.6.7"
-    assert not remote.messages
+@pytest.mark.parametrize("size", [0, 50_000, 700_000])
+@pytest.mark.parametrize("keywords", KEYWORDS)
+@pytest.mark.parametrize("lmtp", [False, True])
+def test_an_outcome_a_recipient_and_the_octets_as_they_are(make: Make, host: Host, keywords: list[str], size: int, lmtp: bool) -> None:
+    peer = host(keywords=keywords, lmtp=lmtp, replies={"RCPT TO:<bad": "550 5.1.1 unknown user"})
+    out = make(peer.address, kind=Lmtp if lmtp else Relay)
+    raw = RAW + (b"." + b"x" * 70 + b"\r\n") * (size // 73)
+    for _ in range(2):
+        outcomes = out.send("x", "bad", "y", raw=raw)
+        assert statuses(outcomes) == [DELIVERED, FAILED, DELIVERED]
+        assert outcomes[1].reply.enhanced == "5.1.1" and peer.address in outcomes[1].remote
+        assert outcomes[0].relayed and not outcomes[1].relayed  # it offers no DSN
+    assert peer.messages == [raw, raw] and peer.connections == 1
 
 
-def test_dsn_parameters_go_on(remote: Remote) -> None:
-    remote.extensions = ("PIPELINING", "DSN")
-    job = delivery("x", ret="HDRS", envid="e1")
-    job.recipients[0].notify = frozenset({"SUCCESS", "FAILURE"})
-    job.recipients[0].orcpt = "rfc822;o@c.example"
-    outcome = relay(remote.address).deliver(job)[0]
-    sent = " ".join(remote.commands)
-    assert "RET=HDRS" in sent and "ENVID=e1" in sent and "NOTIFY=FAILURE,SUCCESS" in sent and "ORCPT=rfc822;o@c.example" in sent
-    assert not outcome.relayed
+@pytest.mark.parametrize("keywords", KEYWORDS)
+@pytest.mark.parametrize(("replies", "wanted"), [
+    ({"RCPT": "550 5.1.1 no"}, (FAILED, "550 5.1.1 no")), ({"RCPT": "450 4.2.1 later"}, (DEFERRED, "450 4.2.1 later")),
+    ({"MAIL": "550 5.7.1 not you"}, (FAILED, "550 5.7.1 not you")), ({"MAIL": "451 4.3.0 later"}, (DEFERRED, "451 4.3.0 later")),
+    ({"final": "554 5.7.1 spam"}, (FAILED, "554 5.7.1 spam")), ({"final": "452 4.3.1 full"}, (DEFERRED, "452 4.3.1 full")),
+    ({"DATA": "451 4.3.0 later", "BDAT": "451 4.3.0 later"}, (DEFERRED, "451 4.3.0 later")),
+])
+def test_a_refusal_leaves_the_connection_usable(make: Make, host: Host, keywords: list[str], replies: dict[str, str],
+                                                wanted: tuple[Status, str]) -> None:
+    peer = host(keywords=keywords, replies=replies)
+    out = make(peer.address)
+    if "BDAT" in replies and "CHUNKING" in keywords:
+        replies = {"final": replies["BDAT"]}  # a host that has read the chunk
+        peer.replies = replies
+    outcome = out.send("x")[0]
+    assert (outcome.status, str(outcome.reply)) == wanted and outcome.recipient_fault
+    del peer.replies[next(iter(peer.replies))]
+    peer.replies.clear()
+    assert statuses(out.send("x")) == [DELIVERED]
+    assert peer.connections == 1 and len(peer.messages) in (1, 2)
 
 
-def test_lmtp_answers_each_recipient() -> None:
-    remote = Remote(lmtp=True)
-    remote.replies["final1"] = "452 4.2.2 full"
-    outcomes = relay(remote.address, kind=Lmtp).deliver(delivery("x", "y", "z"))
-    remote.server.stop(timeout=0.1)
-    assert [outcomes[n].status for n in range(3)] == [Status.DELIVERED, Status.DEFERRED, Status.DELIVERED]
-    assert remote.commands[0] == "LHLO mx.example"
+def test_one_write_and_one_round_trip_where_the_remote_takes_that(make: Make, host: Host) -> None:
+    peer = host("""
+        S: 220 x
+        C: ^EHLO
+        S: 250-x
+        S: 250-PIPELINING
+        S: 250 CHUNKING
+        C: ^MAIL FROM:<a@b.example>$
+        C: ^RCPT TO:<x@c.example>$
+        C: ^RCPT TO:<y@c.example>$
+        C: ^BDAT 37 LAST$
+        MESSAGE
+        S: 250 ok
+        S: 550 5.1.1 no
+        S: 250 ok
+        S: 250 taken
+        C: ^QUIT$
+    """)
+    out = make(peer.address)
+    raw = b"x" * 37
+    assert statuses(out.send("x", "y", raw=raw)) == [FAILED, DELIVERED]
+    assert peer.messages == [raw]
 
 
-def test_tls_required_and_not_offered(remote: Remote) -> None:
-    outcome = relay(remote.address, tls="required").deliver(delivery("x"))[0]
-    assert outcome.status is Status.DEFERRED and not remote.messages
+def test_chunking_can_be_switched_off_and_is_dropped_where_a_host_does_not_know_bdat(make: Make, host: Host) -> None:
+    peer = host(keywords=["PIPELINING", "CHUNKING"])
+    assert statuses(make(peer.address, chunking="no").send()) == [DELIVERED]
+    assert "DATA" in peer.commands()
+    peer = host("""
+        S: 220 x
+        C: ^EHLO
+        S: 250-x
+        S: 250-PIPELINING
+        S: 250 CHUNKING
+        C: ^MAIL
+        S: 250 ok
+        C: ^RCPT
+        S: 250 ok
+        C: ^BDAT
+        S: 502 5.5.1 not implemented
+        END
+    """, keywords=["PIPELINING", "CHUNKING"])
+    out = make(peer.address)
+    assert statuses(out.send()) == [DELIVERED]  # at once, on another connection
+    out.transport.close()
+    assert statuses(out.send()) == [DELIVERED] and [commands[3] for commands in map(peer.commands, (1, 2))] == ["DATA", "DATA"]
 
 
-class Zone:
-    """Answers by (name, type); a missing one is NXDOMAIN, an empty one NoAnswer."""
-
-    def __init__(self, records: dict[tuple[str, str], list[Any]]) -> None:
-        self.records = records
-
-    def resolve(self, name: str, kind: str) -> list[Any]:
-        found = self.records.get((name.rstrip("."), kind))
-        if found is None:
-            raise dns.resolver.NXDOMAIN
-        if not found:
-            raise dns.resolver.NoAnswer
+def test_what_the_remote_can_not_take_fails_at_once(make: Make, host: Host) -> None:
+    def enhanced(*keywords: str, raw: bytes = RAW, **facts: Any) -> str | None:
+        peer = host(keywords=keywords)
+        found: str | None = make(peer.address).send(raw=raw, **facts)[0].reply.enhanced
+        assert not peer.messages
         return found
 
-
-def mx(preference: int, name: str) -> Any:
-    return SimpleNamespace(preference=preference, exchange=SimpleNamespace(to_text=lambda omit_final_dot: name))
-
-
-def a(address: str) -> Any:
-    return SimpleNamespace(address=address)
-
-
-def through(records: dict[tuple[str, str], list[Any]], **keys: Any) -> Relay:
-    transport = relay(**keys)
-    transport._resolver = Zone(records)  # type: ignore[assignment]
-    return transport
+    assert enhanced("SIZE 10") == "5.3.4"
+    assert enhanced("PIPELINING", raw="Subject: x\r\n\r\nä\r\n".encode(), body="8BITMIME") == "5.6.3"
+    assert enhanced("PIPELINING", raw="Subject: x\r\n\r\nä\r\n".encode()) == "5.6.3"  # whatever was declared
+    assert enhanced("PIPELINING", raw="Subject: ä\r\n\r\nx\r\n".encode(), smtputf8=True) == "5.6.3"
+    assert enhanced("8BITMIME", raw="Subject: ä\r\n\r\nx\r\n".encode(), smtputf8=True) == "5.6.7"
+    assert enhanced("8BITMIME", "CHUNKING", body="BINARYMIME") == "5.6.3"
 
 
-def test_mx_order_and_implicit_mx() -> None:
-    transport = through({("c.example", "MX"): [mx(20, "two"), mx(10, "one")], ("one", "A"): [a("192.0.2.1")], ("one", "AAAA"): [],
-                         ("two", "A"): [a("192.0.2.2")], ("two", "AAAA"): [a("2001:db8::2")]})
-    assert [target[:2] for target in transport._targets("c.example")] == [
-        ("one", "192.0.2.1"), ("two", "192.0.2.2"), ("two", "2001:db8::2")]
-    transport = through({("c.example", "MX"): [], ("c.example", "A"): [a("192.0.2.3")], ("c.example", "AAAA"): []})
-    assert transport._targets("c.example") == [("c.example", "192.0.2.3", 25)]
+def test_what_is_declared_is_what_is_in_it(make: Make, host: Host) -> None:
+    def mail(raw: bytes, *keywords: str, **facts: Any) -> str:
+        peer = host(keywords=["SIZE", *keywords])
+        assert statuses(make(peer.address).send(raw=raw, **facts)) == [DELIVERED]
+        return peer.commands()[1]
+
+    eight = "Subject: x\r\n\r\nä\r\n".encode()
+    assert mail(RAW, "8BITMIME").endswith(f"SIZE={len(RAW)}")
+    assert mail(eight, "8BITMIME").endswith("BODY=8BITMIME") and mail(RAW, "8BITMIME", body="8BITMIME").endswith("BODY=8BITMIME")
+    assert "BODY" not in mail(RAW, body="8BITMIME")
+    assert mail(eight + b"\0", "8BITMIME", "CHUNKING", "BINARYMIME", body="BINARYMIME").endswith("BODY=BINARYMIME")
 
 
-@pytest.mark.parametrize(("records", "enhanced"), [
-    ({}, "5.1.2"),
-    ({("c.example", "MX"): [mx(0, ".")]}, "5.1.10"),
-    ({("c.example", "MX"): [mx(10, "mx.example")]}, "5.4.6"),
-    ({("c.example", "MX"): [], ("c.example", "A"): [a("127.0.0.1")], ("c.example", "AAAA"): []}, "5.4.6"),
-    ({("c.example", "MX"): [], ("c.example", "A"): [], ("c.example", "AAAA"): []}, "5.4.4"),
-])
-def test_domains_that_take_no_mail(records: dict[tuple[str, str], list[Any]], enhanced: str) -> None:
-    outcome = through(records).deliver(delivery("x", next_hop="c.example"))[0]
-    assert outcome.status is Status.FAILED and outcome.reply.enhanced == enhanced
+def test_domains_go_in_a_labels_where_utf8_is_not_offered(make: Make, host: Host) -> None:
+    peer = host(keywords=["8BITMIME"])
+    out = make(peer.address)
+    assert statuses(out.send("x@bücher.example", sender="a@bücher.example", smtputf8=True)) == [DELIVERED]
+    assert peer.commands()[1:3] == ["MAIL FROM:<a@xn--bcher-kva.example>", "RCPT TO:<x@xn--bcher-kva.example>"]
+    assert out.send("ü@bücher.example", smtputf8=True)[0].reply.enhanced == "5.6.7"
+    peer = host(keywords=["8BITMIME", "SMTPUTF8"])
+    assert statuses(make(peer.address).send("ü@bücher.example", smtputf8=True)) == [DELIVERED]
+    assert peer.commands()[1:3] == ["MAIL FROM:<a@b.example> SMTPUTF8", "RCPT TO:<ü@bücher.example>"]
 
 
-def test_lanes() -> None:
-    assert relay().next_hop(Address("x", "C.example")) == "c.example"
-    assert relay("127.0.0.1:25").next_hop(Address("x", "C.example")) == ""
+def test_dsn_parameters_go_on(make: Make, host: Host) -> None:
+    for keywords in (["PIPELINING", "DSN"], ["PIPELINING"]):
+        peer = host(keywords=keywords)
+        job = delivery("x", "y", ret="HDRS", envid="e1")
+        job.recipients[0].notify = frozenset({"SUCCESS", "FAILURE"})
+        job.recipients[0].orcpt, job.recipients[1].orcpt = "rfc822;o+x@c.example", "utf-8;ü+x@c.example"
+        outcome = make(peer.address).transport.deliver(job)[0]
+        sent = " ".join(peer.commands())
+        assert ("RET=HDRS" in sent) == ("ENVID=e1" in sent) == ("NOTIFY=FAILURE,SUCCESS" in sent) == ("DSN" in keywords)
+        assert ("ORCPT=rfc822;o+2Bx@c.example" in sent) == (r"ORCPT=utf-8;\x{FC}\x{2B}x@c.example" in sent) == ("DSN" in keywords)
+        assert outcome.relayed == ("DSN" not in keywords)
+
+
+def test_lmtp_answers_each_recipient(make: Make, host: Host) -> None:
+    for keywords in (["PIPELINING"], ["PIPELINING", "CHUNKING"], []):
+        peer = host(lmtp=True, keywords=keywords, replies={"final1": "452 4.2.2 full"})
+        assert statuses(make(peer.address, kind=Lmtp).send("x", "y", "z")) == [DELIVERED, DEFERRED, DELIVERED]
+        assert peer.commands()[0] == "LHLO mx.example.test"
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS[:4])
+@pytest.mark.parametrize("refusal", ["452 4.5.3 too many recipients", "552 too many recipients", "452 too many"])
+def test_too_many_recipients_are_sent_in_another_transaction(make: Make, host: Host, keywords: list[str], refusal: str) -> None:
+    peer = host(keywords=keywords, rcpt_max=2, replies={"too many": refusal, "RCPT TO:<bad": "452 4.2.2 full"})
+    assert statuses(make(peer.address).send("a", "bad", "c", "d", "e", "f")) == [DELIVERED, DEFERRED, *[DELIVERED] * 4]
+    assert len(peer.messages) == 3 and peer.connections == 1
+    assert [line[9:10] for line in peer.commands() if line.startswith("RCPT")] == list("abcdefdeff")
+
+
+def test_one_that_takes_none_has_not_too_many(make: Make, host: Host) -> None:
+    peer = host(replies={"RCPT": "552 too many recipients"})
+    outcomes = make(peer.address).send("a", "b")
+    assert statuses(outcomes) == [DEFERRED] * 2 and outcomes[0].reply.code == 452
+    assert len([line for line in peer.commands() if line.startswith("MAIL")]) == 1
+
+
+def test_limits_that_a_host_states_are_kept(make: Make, host: Host) -> None:
+    peer = host(keywords=["PIPELINING", "LIMITS RCPTMAX=2 MAILMAX=2"])
+    assert statuses(make(peer.address).send("a", "b", "c", "d", "e")) == [DELIVERED] * 5
+    assert [[line[:4] for line in peer.commands(number) if line[:4] in ("MAIL", "RCPT", "QUIT")] for number in (0, 1)] == [
+        ["MAIL", "RCPT", "RCPT", "MAIL", "RCPT", "RCPT", "QUIT"], ["MAIL", "RCPT"]]
+    peer = host(keywords=["PIPELINING", "LIMITS RCPTDOMAINMAX=1"])
+    assert statuses(make(peer.address).send("a@a.example", "b@b.example", "c@A.example", "d@d.example")) == [DELIVERED] * 4
+    assert [line[9:10] for line in peer.commands() if line.startswith("RCPT")] == list("acbd") and len(peer.messages) == 3
+
+
+def test_a_connection_ends_after_so_many_messages(make: Make, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gmta.deliver.client.MESSAGES_A_CONNECTION", 2)
+    peer = host()
+    out = make(peer.address)
+    for _ in range(3):
+        assert statuses(out.send()) == [DELIVERED]
+    assert peer.connections == 2 and peer.commands(0)[-1] == "QUIT"
+
+
+# --- connections ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS[:4])
+@pytest.mark.parametrize("ending", ["DROP", "S: 421 4.3.2 enough"])
+def test_a_kept_connection_that_ends_is_replaced_at_once(make: Make, host: Host, keywords: list[str], ending: str) -> None:
+    """By the next message: closed while it idled, or in the place of the next answer."""
+    greet = "S: 220 x\nC: EHLO\n" + "".join(f"S: 250-{word}\n" for word in ["x", *keywords]) + "S: 250 HELP\n"
+    data = ["BDAT", "MESSAGE"] if "CHUNKING" in keywords else ["DATA", "S: 354 go", "MESSAGE"]
+    message = "C: MAIL\nS: 250 ok\nC: RCPT\nS: 250 ok\n" + "\n".join([f"C: {data[0]}", *data[1:], "S: 250 taken"]) + "\n"
+    peer = host(greet + message + "C: MAIL\n" + ending, keywords=keywords)
+    out = make(peer.address)
+    assert statuses(out.send() + out.send()) == [DELIVERED, DELIVERED]
+    assert peer.connections == 2 and len(peer.messages) == 2
+
+
+def test_a_kept_connection_that_was_closed_is_not_used(make: Make, host: Host) -> None:
+    peer = host(GREET + "C: MAIL\nS: 250 ok\nC: RCPT\nS: 250 ok\nC: DATA\nS: 354 go\nMESSAGE\nS: 250 taken\nS: 421 4.4.2 idle\nDROP")
+    out = make(peer.address)
+    assert statuses(out.send()) == [DELIVERED]
+    wait_for(lambda: peer.sessions[0].ended)
+    assert statuses(out.send()) == [DELIVERED] and len([line for line in peer.commands(0) if line.startswith("MAIL")]) == 1
+
+
+def test_an_idle_connection_ends_with_quit(make: Make, host: Host) -> None:
+    peer = host()
+    out = make(peer.address, idle_timeout="0.02s")
+    assert statuses(out.send()) == [DELIVERED]
+    out.services.clock.advance(1)
+    wait_for(lambda: peer.sessions[0].ended)
+    assert peer.commands()[-1] == "QUIT"
+    out = make(peer.address, idle_timeout="0s")
+    out.send()
+    wait_for(lambda: peer.sessions[1].ended)
+    assert peer.commands()[-1] == "QUIT"
+
+
+def wait_for(ready: Callable[[], bool]) -> None:
+    with gevent.Timeout(10):
+        while not ready():
+            gevent.sleep(0.001)
+
+
+SILENT = {"greeting": "", "ehlo": "S: 220 x\nC: EHLO\n", "mail": GREET + "C: MAIL\nC: RCPT\nC: DATA\n",
+          "rcpt": GREET + "C: MAIL\nC: RCPT\nC: DATA\nS: 250 ok\n", "data": GREET + "C: MAIL\nC: RCPT\nC: DATA\nS: 250 ok\nS: 250 ok\n",
+          "final": GREET + "C: MAIL\nC: RCPT\nC: DATA\nS: 250 ok\nS: 250 ok\nS: 354 go\nMESSAGE\n"}
+
+
+@pytest.mark.parametrize("where", SILENT)
+@pytest.mark.parametrize("end", ["HANG", "DROP", "S: hello\nHANG", "S: 421 4.3.2 no\nHANG", "S: 250-\nDROP"])
+def test_remotes_that_fall_silent_or_mad(make: Make, host: Host, where: str, end: str) -> None:
+    """At any place: the next host gets it, unless the message may have been taken."""
+    script = SILENT[where] + end
+    peer, other = host(script, script), host()
+    short = dict.fromkeys(("greeting_timeout", "command_timeout", "data_timeout"), "0.05s" if end == "HANG" else "30s")
+    out = make(peer.address, **short)
+    outcome = out.send()[0]
+    assert outcome.status is DEFERRED and not outcome.recipient_fault and peer.address in outcome.remote
+    assert outcome.reply.enhanced in ("4.4.2", "4.5.0", "4.3.2")
+    outcome = make(peer.address, other.address, **short).send()[0]
+    assert outcome.status is (DEFERRED if where == "final" and "421" not in end else DELIVERED)
+    assert len(other.messages) == (outcome.status is DELIVERED)
+
+
+def test_an_attempt_has_an_end(make: Make, host: Host) -> None:
+    drip = "S: 220 x\nC: EHLO\n" + "S: 250-x\nC: ^NEVER\n"
+    peer = host(drip)
+    outcome = make(peer.address, attempt_timeout="0.3s").send()[0]
+    assert outcome.status is DEFERRED and "Timeout" in outcome.reply.text
+
+
+def test_quit_is_sent_wherever_somebody_listens(make: Make, host: Host) -> None:
+    for script in ("S: 554 5.7.1 blocked\nC: ^QUIT", "S: 450 4.3.2 later\nC: ^QUIT", "S: 220 x\nC: EHLO\nS: 500 no\nC: HELO\nS: 500 no\nC: ^QUIT"):
+        peer = host(script)
+        make(peer.address).send()
+        wait_for(lambda session=peer.sessions[0]: session.ended)  # type: ignore[misc]
+        peer.check()
+    peer = host("S: 421 4.3.2 closing\nEND")
+    make(peer.address).send()
+    wait_for(lambda: peer.sessions[0].ended)
+    peer.check()
+    assert peer.commands() == []
+
+
+def test_next_host_where_one_is_dead_busy_or_unwilling(make: Make, host: Host) -> None:
+    dead, busy, unwilling, good = host("REFUSE"), host(replies={"greeting": "421 4.3.2 busy"}), host(replies={"greeting": "554 5.7.1 no"}), host()
+    out = make(dead.address, busy.address, unwilling.address, good.address)
+    assert statuses(out.send()) == [DELIVERED]
+    assert [text[:9] for text in out.tried] == ["451 4.4.1", "421 4.3.2", "554 5.7.1"]
+    out = make(unwilling.address, busy.address, dead.address)
+    outcome = out.send()[0]
+    assert outcome.status is DEFERRED and not outcome.recipient_fault and "4.4.1" in str(outcome.reply) and len(out.tried) == 2
+
+
+def test_a_smart_host_that_does_not_want_us_is_no_fault_of_the_sender(make: Make, host: Host) -> None:
+    outcome = make(host(replies={"greeting": "554 5.7.1 no"}).address).send()[0]
+    assert outcome.status is DEFERRED and "554 5.7.1 no" in outcome.reply.text
+
+
+def test_a_dead_address_is_not_waited_for_again(make: Make, host: Host) -> None:
+    dead, good = host("REFUSE"), host()
+    out = make(dead.address, good.address, idle_timeout="0s")
+    out.send()
+    out.send()
+    assert len(out.tried) == 1 and len(good.messages) == 2
+
+
+def test_connections_come_from_our_own_address(make: Make, host: Host) -> None:
+    peer = host()
+    out = make(peer.address, source="127.0.0.9 ::1", helo="out.example")
+    seen: list[str] = []
+    original = peer._socket.accept
+
+    def accept() -> Any:
+        sock, address = original()
+        seen.append(address[0])
+        return sock, address
+
+    peer._socket = type("Listening", (), {"accept": staticmethod(accept), "close": peer._socket.close, "shutdown": peer._socket.shutdown})()
+    out.send()
+    out.transport.close()
+    out.send()
+    assert "127.0.0.9" in seen and peer.commands()[0] == "EHLO out.example"
+    for wrong in ("127.0.0.1 127.0.0.2", "host.example"):
+        with pytest.raises(ConfigError, match="IP addresses"):
+            make(peer.address, source=wrong)
+
+
+# --- through MX -----------------------------------------------------------------------------------------------------
+
+
+def zone(**hosts: str) -> dict[str, Any]:
+    """c.example with MX hosts in that order, at these addresses."""
+    return {"c.example": {"MX": [(10 * number, f"{name}.example") for number, name in enumerate(hosts, 1)]},
+            **{f"{name}.example": {"A": address} for name, address in hosts.items()}}
+
+
+def test_the_next_mx_host_has_its_turn(make: Make, host: Host) -> None:
+    good = host(host="127.0.0.3")
+    for replies, tried in (({"greeting": "554 5.7.1 blocked"}, "554 5.7.1 blocked"), ({"EHLO": "421 4.7.0 no"}, "421 4.7.0 no"),
+                           ({"MAIL": "452 4.3.1 full"}, "452 4.3.1 full"), ({"RCPT": "421 4.7.0 no"}, "421 4.7.0 no"),
+                           ({"final": "421 4.3.2 going"}, "421 4.3.2 going")):
+        bad = host(replies=replies, host="127.0.0.2", port=good.port)
+        out = make(zone=zone(bad="127.0.0.2", good="127.0.0.3"), port=good.port, allow_loopback="yes")
+        outcome = out.send(next_hop="c.example")[0]
+        assert outcome.status is DELIVERED and outcome.remote == f"good.example[127.0.0.3]:{good.port}" and out.tried == [tried]
+        out.transport.close()
+        bad.close()
+
+
+def test_what_a_host_says_about_recipients_stands(make: Make, host: Host) -> None:
+    good = host(host="127.0.0.3")
+    bad = host(replies={"RCPT TO:<x": "450 4.2.0 greylisted", "RCPT TO:<y": "421 4.7.0 closing"}, host="127.0.0.2", port=good.port, keywords=[])
+    out = make(zone=zone(bad="127.0.0.2", good="127.0.0.3"), port=good.port, allow_loopback="yes")
+    outcomes = out.send("x", "y", "z", next_hop="c.example")
+    assert statuses(outcomes) == [DELIVERED] * 3 or statuses(outcomes) == [DEFERRED, DELIVERED, DELIVERED]
+    assert [line for line in bad.commands() if line.startswith("RCPT")] == ["RCPT TO:<x@c.example>", "RCPT TO:<y@c.example>"]
+
+
+def test_where_no_host_wants_us_for_good_the_sender_hears_it(make: Make, host: Host) -> None:
+    one = host(replies={"greeting": "554 5.7.1 blocked"}, host="127.0.0.2")
+    two = host(replies={"greeting": "521 5.3.2 no mail here"}, host="127.0.0.3", port=one.port)
+    keys = {"zone": zone(one="127.0.0.2", two="127.0.0.3"), "port": one.port, "allow_loopback": "yes"}
+    outcome = make(**keys).send(next_hop="c.example")[0]
+    assert outcome.status is FAILED and str(outcome.reply) == "554 5.7.1 blocked"
+    two.replies["greeting"] = "421 4.3.2 later"
+    assert make(**keys).send(next_hop="c.example")[0].status is DEFERRED
+
+
+def test_domains_without_hosts(make: Make) -> None:
+    out = make(zone={"c.example": {"MX": (0, "")}})
+    assert str(out.send(next_hop="c.example")[0].reply).startswith("556 5.1.10")
+    outcome = out.send(next_hop="gone.example")[0]
+    assert outcome.status is FAILED and outcome.reply.enhanced == "5.1.2" and outcome.recipient_fault
+
+
+def test_lanes_and_sections() -> None:
+    services = make_services(resolver=Zone({}))
+    assert Relay("out", Relay.Config(), services).next_hop(Address("x", "C.example")) == "c.example"
+    assert Relay("out", Relay.Config(host=["127.0.0.1:25"]), services).next_hop(Address("x", "C.example")) == ""
+    with pytest.raises(ValueError, match="lmtp has no MX"):
+        Lmtp("out", Lmtp.Config(), services)
 
 
 @pytest.mark.parametrize(("text", "parts"), [("h", ("h", 25)), ("h:26", ("h", 26)), ("[::1]:26", ("::1", 26)), ("::1", ("::1", 25))])
 def test_split_host(text: str, parts: tuple[str, int]) -> None:
     assert split_host(text, 25) == parts
+
+
+@pytest.mark.parametrize("text", ["", ":25", "h:0", "h:x", "[::1]:99999"])
+def test_split_host_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="expected ADDRESS"):
+        split_host(text, 25)
+
+
+# --- AUTH -----------------------------------------------------------------------------------------------------------
+
+
+def encoded(text: str) -> str:
+    return re.escape(base64.b64encode(text.encode()).decode())
+
+
+AUTH = "S: 220 x\nC: EHLO\nS: 250-x\nS: 250 AUTH {}\n"
+
+
+@pytest.mark.parametrize(("offered", "exchange"), [
+    ("LOGIN PLAIN", f"C: ^AUTH PLAIN {encoded(chr(0) + 'me' + chr(0) + 'secret')}$"),
+    ("LOGIN", f"C: ^AUTH LOGIN$\nS: 334 VXNlcm5hbWU6\nC: ^{encoded('me')}$\nS: 334 UGFzc3dvcmQ6\nC: ^{encoded('secret')}$"),
+])
+def test_credentials_are_given_to_hosts_of_this_machine(make: Make, host: Host, offered: str, exchange: str) -> None:
+    peer = host(AUTH.format(offered) + exchange + "\nS: 235 2.7.0 ok\nPLAY")
+    assert statuses(make(peer.address, username="me", password="secret").send()) == [DELIVERED]
+    peer.check()
+
+
+@pytest.mark.parametrize(("script", "said"), [
+    (AUTH.format("GSSAPI") + "C: ^QUIT$", "no AUTH mechanism"), ("S: 220 x\nC: EHLO\nS: 250 x\nC: ^QUIT$", "no AUTH mechanism"),
+    (AUTH.format("PLAIN") + "C: ^AUTH PLAIN\nS: 535 5.7.8 wrong\nC: ^QUIT$", "535 5.7.8 wrong"),
+    (AUTH.format("PLAIN") + "C: ^AUTH PLAIN\nS: 334 x\nC: ^\\*$\nS: 501 5.7.0 cancelled\nC: ^QUIT$", "broken off"),
+    (AUTH.format("SCRAM-SHA-256") + "C: ^AUTH SCRAM-SHA-256 \nS: 235 2.7.0 come in\nC: ^QUIT$", "235"),  # without proof
+    (AUTH.format("LOGIN") + "C: ^AUTH LOGIN\nS: 235 2.7.0 come in\nC: ^QUIT$", "235"),
+])
+def test_without_authentication_the_mail_waits(make: Make, host: Host, script: str, said: str) -> None:
+    peer = host(script)
+    outcome = make(peer.address, username="me", password="secret").send()[0]
+    assert outcome.status is DEFERRED and not outcome.recipient_fault and said in outcome.reply.text
+    wait_for(lambda: peer.sessions[0].ended)
+    peer.check()
+
+
+def test_stuffing_is_what_the_peer_undoes() -> None:
+    with Peer() as peer, socket.create_connection((peer.host, peer.port)) as sock, sock.makefile("rwb", buffering=0) as stream:
+        for line in (b"", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n", stuff(RAW), b"QUIT\r\n"):
+            stream.write(line)
+            while stream.readline()[3:4] == b"-":
+                pass
+        assert peer.messages == [RAW]
