@@ -462,6 +462,8 @@ class Listener(CoreSection):
     bare_newline: Literal["reject", "normalize"] = Field("reject", description="what a bare LF does: it ends the session, or a line")
     proxy_protocol: Annotated[bool, _absent(False)] = False
     reverse_lookup: bool = Field(False, description="find the client's name before the banner")
+    vrfy: Literal["no", "trusted", "yes"] = Field("no", description="who is told whether an address is taken")
+    expn: Literal["no", "trusted", "yes"] = Field("no", description="who is told what an alias stands for")
 
 
 class Tls(CoreSection):
@@ -478,6 +480,7 @@ class Domains(CoreSection):
     local: frozenset[Domain] = Field(frozenset(), description="delivered here")
     relay_to: frozenset[Domain] = Field(frozenset(), description="accepted from anybody and passed on (backup MX)")
     relay_from: list[Network] = Field([], description="networks whose clients may send anywhere")
+    etrn_from: list[Network] = Field([], description="networks whose clients may ask for the mail of relay_to (ETRN)")
 
 
 class Limits(CoreSection):
@@ -636,7 +639,7 @@ _CORE: dict[str, type[CoreSection]] = {
     "gmta": Gmta, "tls": Tls, "domains": Domains, "limits": Limits, "queue": Queue, "plugins": Plugins, "dns": Dns,
     "tlsrpt": TlsReports, "metrics": MetricsSection,
 }
-_TABLES = ("route", "tls_policy")  # sections whose keys are domains and the like
+_TABLES = ("route", "tls_policy", "senders")  # sections whose keys are domains and the like
 TLS_LEVELS = ("none", "may", "encrypt", "verify")
 _NAMED = ("listener", "plugin", "transport", "tls", "lane", "queue")
 

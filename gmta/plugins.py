@@ -368,11 +368,14 @@ class PluginManager:
     def edit(self, hook: str, session: Any, transaction: Any, message: Message) -> Message:
         """The message as the plugins leave it. Raises PluginFailure."""
         for call in self._calls.get(hook, ()):
+            said = len(transaction.changes)
             value = self._run(call, (session, transaction, message))
             if value is _FAILED:
                 raise PluginFailure(call.plugin, hook)
             if value is not None:
                 message = value
+                if len(transaction.changes) == said:
+                    transaction.changes.append(f"rewritten by {call.plugin}")
         return message
 
     def on(self, hook: str, *args: Any) -> None:

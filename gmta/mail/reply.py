@@ -161,6 +161,11 @@ CANNOT_VRFY = Reply(252, "2.5.2", "Cannot verify the user, but will take a messa
 HELP = Reply(214, "2.0.0", "Commands: EHLO HELO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY EXPN HELP STARTTLS AUTH",
              "See RFC 5321")
 
+NO_SUCH_LIST = Reply(550, "5.1.1", "No such list or user here")
+ETRN_DENIED = Reply(459, "4.7.1", "Mail for that domain is not sent on request of this client")  # RFC 1985 section 5.3
+ETRN_FAILED = Reply(458, "4.3.0", "The queue can't be asked now, try again later")
+ETRN_BAD_NODE = Reply(501, "5.5.4", "A domain, or @domain with all below it, is required")
+
 UNRECOGNIZED = Reply(500, "5.5.2", "Command unrecognized")
 NOT_IMPLEMENTED = Reply(502, "5.5.1", "Command not implemented")
 LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")

@@ -49,11 +49,11 @@ class Session:
     """One connection.
 
     id: short unique text for logs.  listener: section name.  role: "mx", "submission" or "local" (gmta's own mail).
-    peer_name: verified reverse name or "".  user: None until AUTH.  trusted: authenticated or from [domains] relay_from.
+    peer_name: verified reverse name or "".  iprev: how that was found out (RFC 8601 section 2.7.3), None where nobody asked.  user: None until AUTH.  trusted: authenticated or from [domains] relay_from.
     opened_at: Unix seconds.  notes: one value a plugin, keyed by its name.
     """
 
-    __slots__ = ("_notes", "esmtp", "helo", "id", "listener", "local_ip", "local_port", "opened_at", "peer_ip",
+    __slots__ = ("_notes", "esmtp", "helo", "id", "iprev", "listener", "local_ip", "local_port", "opened_at", "peer_ip",
                  "peer_name", "peer_port", "relay_network", "role", "tls", "user")
 
     def __init__(self, id: str, *, role: str = "mx", listener: str = "mx", peer_ip: str = "", peer_port: int = 0,
@@ -64,6 +64,7 @@ class Session:
         self.peer_ip = peer_ip
         self.peer_port = peer_port
         self.peer_name = ""
+        self.iprev: AuthResult | None = None
         self.local_ip = local_ip
         self.local_port = local_port
         self.helo = ""
@@ -121,9 +122,10 @@ class Transaction:
 
     id: the queue id that the message will have.  size: declared SIZE in octets or None.  body: "7BIT", "8BITMIME" or
     "BINARYMIME".  ret: "FULL", "HDRS" or "".  auth: the AUTH= parameter, None if absent.  tags: words for other plugins and for routing.
+    changes: what edit_message hooks did to the message, for its history.
     """
 
-    __slots__ = ("_notes", "_tags", "auth", "auth_results", "body", "envid", "id", "message", "recipients", "ret", "sender", "size", "smtputf8")
+    __slots__ = ("_changes", "_notes", "_tags", "auth", "auth_results", "body", "envid", "id", "message", "recipients", "ret", "sender", "size", "smtputf8")
 
     def __init__(self, id: str, sender: Address, *, size: int | None = None, body: str = "7BIT", smtputf8: bool = False,
                  ret: str = "", envid: str = "", auth: str | None = None) -> None:
@@ -140,6 +142,7 @@ class Transaction:
         self.message: Message | None = None
         self._tags: set[str] | None = None
         self._notes: dict[str, Any] | None = None
+        self._changes: list[str] | None = None
 
     @property
     def tags(self) -> set[str]:
@@ -147,6 +150,13 @@ class Transaction:
         if self._tags is None:
             self._tags = set()
         return self._tags
+
+    @property
+    def changes(self) -> list[str]:
+        """What edit_message hooks did to the message, each in a few words; a hook that changes something adds its own."""
+        if self._changes is None:
+            self._changes = []
+        return self._changes
 
     @property
     def notes(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import gevent
 
 from gmta.mail import reply as replies
 from gmta.mail.reply import Reply
-from gmta.mail.session import Session
+from gmta.mail.session import AuthResult, Session
 from gmta.receive.limits import ConnectionLimits
 from gmta.receive.pipeline import Pipeline, Reception
 from gmta.services.deadlines import NEVER, Deadlines
@@ -75,7 +75,8 @@ class Connection:
                 self._handshake()
             opened = True
             if self._listener.reverse_lookup:
-                self.session.peer_name = self._pipeline.services.resolver.reverse_name(self.session.peer_ip)
+                result, self.session.peer_name = self._pipeline.services.resolver.iprev(self.session.peer_ip)
+                self.session.iprev = AuthResult("iprev", result, (("policy.iprev", self.session.peer_ip),))
             refusal = self._reception.connected()
             if refusal is not None:
                 reason = "refused"
@@ -121,6 +122,7 @@ class Connection:
         extensions.size = self._pipeline.size_limit(self.session)
         extensions.starttls = clear and self._tls is not None
         extensions.auth_needs_tls = auth
+        extensions.etrn = self._pipeline.may_etrn(self.session.peer_ip)
         extensions.auth = ("PLAIN", "LOGIN") if auth and not clear else ()
 
     def _talk(self, protocol: ServerProtocol) -> str:

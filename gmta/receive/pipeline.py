@@ -7,7 +7,9 @@ a refused message's spool file is removed.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import sqlite3
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +17,7 @@ import gevent
 
 from gmta.hookspecs import Credentials
 from gmta.mail import reply as replies
-from gmta.mail.address import Address
+from gmta.mail.address import NULL, Address, AddressError, domain_key, parse_path
 from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import FileBody, Message, split_header
 from gmta.mail.reply import Reply
@@ -23,6 +25,7 @@ from gmta.mail.session import Recipient, Session, Transaction
 from gmta.mail.trace import authentication_results, drop_forged, received
 from gmta.mail.verdict import Kind, Verdict, verdict_reply
 from gmta.plugins import PluginFailure
+from gmta.queue.admin import QueueAdmin
 from gmta.queue.store import Event, Store, StoreError, StoreFull
 from gmta.services.files import NO_ROOM, start_writing_out, write_all
 from gmta.smtp import events, sasl
@@ -49,6 +52,14 @@ class Pipeline:
         self.bounds = Bounds(limits.command_line, limits.text_line, limits.header_size, limits.header_fields)
         self.recipients: int = config.limits.recipients
         self.recipients_refused: int = config.limits.recipients_refused
+
+    def may_etrn(self, ip: str) -> bool:
+        """Whether a client there may ask for the mail of relay_to."""
+        networks = self.config.domains.etrn_from
+        if not networks:
+            return False
+        address = ipaddress.ip_address(ip)
+        return any(address in network for network in networks)
 
     def size_limit(self, session: Session) -> int:
         """Octets a message of this session may have: the smallest that configuration and plugins say."""
@@ -123,6 +134,8 @@ class Reception:
             return self._tell("mail", replies.STORE_FULL)
         transaction = Transaction(pipeline.ids.new(), event.sender, size=event.size, body=event.body, smtputf8=event.smtputf8,
                                   ret=event.ret, envid=event.envid, auth=event.auth)
+        if self.session.iprev is not None and not self.session.trusted:
+            transaction.auth_results.append(self.session.iprev)
         self.transaction = transaction
         self._refused = 0
         refusal = self._check("check_mail", self.session, transaction)
@@ -190,6 +203,71 @@ class Reception:
             return refusal
         self.session.user = user
         return replies.AUTH_OK
+
+    def _may(self, policy: str) -> bool:
+        """Whether this client is told what the listener's key `policy` is about."""
+        listener = self.pipeline.config.listeners.get(self.session.listener)
+        said = getattr(listener, policy, "no")
+        return said == "yes" or (said == "trusted" and self.session.trusted)
+
+    def _ask(self, text: str) -> tuple[Address, Verdict | None] | None:
+        """(address, what permit_rcpt says of it) for the argument of VRFY or EXPN (RFC 5321 section 3.5.1), None where it can't be read."""
+        pipeline = self.pipeline
+        local = pipeline.config.domains.local
+        try:
+            if text.startswith("<"):
+                name = parse_path(text, postmaster=True)[0]
+            elif "@" in text:
+                name = Address.parse(text)
+            elif len(local) == 1:
+                name = Address.make(text, next(iter(local)))  # a user's name alone
+            else:
+                return None
+        except AddressError:
+            return None
+        inquiry = Transaction(pipeline.ids.new(), NULL)
+        return name, pipeline.plugins.permit("permit_rcpt", self.session, inquiry, Recipient(name))
+
+    def _vrfy(self, event: events.Vrfy) -> Reply:
+        if not self._may("vrfy"):
+            return replies.CANNOT_VRFY  # RFC 5321 section 7.3
+        asked = self._ask(event.argument)
+        if asked is None:
+            return replies.CANNOT_VRFY
+        address, verdict = asked
+        if verdict is None:
+            return self._tell("vrfy", replies.NOT_PERMITTED)
+        return self._refusal("vrfy", verdict) or Reply(250, "2.1.5", f"<{address}>")
+
+    def _expn(self, event: events.Expn) -> Reply:
+        if not self._may("expn"):
+            return replies.NOT_IMPLEMENTED
+        asked = self._ask(event.argument)
+        if asked is None or (verdict := asked[1]) is None:
+            return self._tell("expn", replies.NO_SUCH_LIST)
+        refusal = self._refusal("expn", verdict)
+        return refusal or Reply(250, "2.1.5", *(f"<{one}>" for one in verdict.replace or asked[:1]))  # RFC 5321 section 3.5.2
+
+    def _etrn(self, event: events.Etrn) -> Reply:
+        """Makes what waits for a domain of relay_to due now (RFC 1985)."""
+        pipeline = self.pipeline
+        if not pipeline.may_etrn(self.session.peer_ip):
+            return self._tell("etrn", replies.ETRN_DENIED)
+        name = event.node
+        if name.startswith("#") or not name.lstrip("@"):
+            return replies.ETRN_BAD_NODE
+        key = domain_key(name.lstrip("@"))
+        domains = [domain for domain in pipeline.config.domains.relay_to
+                   if domain == key or (name.startswith("@") and domain.endswith("." + key))]  # RFC 1985 section 5.3: @ asks for subdomains too
+        if not domains:
+            return self._tell("etrn", replies.ETRN_DENIED)
+        error, count = gevent.get_hub().threadpool.apply(_retry, (os.path.join(pipeline.config.gmta.data_dir, "queue"), domains))
+        pipeline.services.log.info("etrn", session=self.session.id, domain=key, messages=count, error=error)
+        if error is not None:
+            return replies.ETRN_FAILED
+        if not count:
+            return Reply(251, "2.0.0", f"No messages are waiting for {key}")
+        return Reply(253, "2.0.0", f"{count} messages for {key} are due now")
 
     def _reset(self, event: events.Event) -> Reply:
         self.forget()
@@ -309,8 +387,10 @@ class Reception:
         except PluginFailure as failure:
             return self._tell("message", failure.reply)
         envelope = self._envelope(transaction, message, now, refused)
-        pipeline.store.put(envelope, message, (Event(transaction.id, now, "received", {**envelope.facts, "size": envelope.size,
-                           "sender": str(transaction.sender)}),))
+        history = [Event(transaction.id, now, "received", {**envelope.facts, "size": envelope.size, "sender": str(transaction.sender)})]
+        if transaction.changes:
+            history.append(Event(transaction.id, now, "edited", {"changes": transaction.changes}))
+        pipeline.store.put(envelope, message, history)
         self._path = ""  # the store's now
         pipeline.services.log.info("queued", session=session.id, id=transaction.id, sender=f"<{transaction.sender}>",
                                    recipients=len(envelope.recipients), size=envelope.size)
@@ -362,6 +442,18 @@ def _trouble(error: Exception) -> Reply:
     return replies.STORE_FULL if full else replies.LOCAL_ERROR
 
 
+def _retry(directory: str, domains: list[str]) -> tuple[str | None, int]:
+    """Runs in a native thread: makes what waits for the domains due; (what went wrong, messages)."""
+    try:
+        queue = QueueAdmin(directory)
+        try:
+            return None, sum(queue.retry(domain=domain) for domain in domains)
+        finally:
+            queue.close()
+    except (sqlite3.Error, OSError) as error:
+        return str(error), 0
+
+
 def _write(descriptor: int, pieces: list[bytes]) -> OSError | None:
     """Runs in a native thread; an error is given back, since the pool would print it."""
     try:
@@ -381,6 +473,6 @@ _ANSWERS: dict[type, Callable[[Reception, Any], Reply]] = {
     events.Hello: Reception._hello, events.Mail: Reception._mail, events.Rcpt: Reception._rcpt, events.Data: Reception._data,
     events.BdatStart: Reception._data, events.BodyEnd: Reception._end, events.ChunkEnd: _same(replies.CHUNK_OK),
     events.Reset: Reception._reset, events.Quit: Reception._quit, events.Auth: Reception._auth, events.AuthResponse: Reception._auth,
-    events.Vrfy: _same(replies.CANNOT_VRFY), events.Expn: _same(replies.NOT_IMPLEMENTED), events.Help: _same(replies.HELP),
+    events.Vrfy: Reception._vrfy, events.Expn: Reception._expn, events.Etrn: Reception._etrn, events.Help: _same(replies.HELP),
     events.Noop: _same(replies.OK), events.StartTls: _same(replies.READY_FOR_TLS),
 }

@@ -279,23 +279,34 @@ class Resolver:
 
     def reverse_name(self, ip: str, *, timeout_s: float | None = None) -> str:
         """The host name of an address, forward-confirmed (RFC 8601 section 3), or "" where there is none or can't be told."""
+        return self.iprev(ip, timeout_s=timeout_s)[1]
+
+    def iprev(self, ip: str, *, timeout_s: float | None = None) -> tuple[str, str]:
+        """(result, name) for an address (RFC 8601 section 2.7.3): pass and its forward-confirmed name; fail, temperror, or permerror
+        where it has no name at all, and ""."""
         try:
             query = reverse_query(ip)
         except ValueError:
-            return ""
+            return "permerror", ""
         end = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         address = ipaddress.ip_address(ip.partition("%")[0])
         if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
             address = address.ipv4_mapped
         kind = "A" if address.version == 4 else "AAAA"
-        for record in self.look_up(query, "PTR", timeout_s=timeout_s).records[:MAX_PTR_NAMES]:
+        names = self.look_up(query, "PTR", timeout_s=timeout_s)
+        if not names.records:
+            return "temperror" if names.status is Status.TEMPORARY else "permerror", ""
+        result = "fail"
+        for record in names.records[:MAX_PTR_NAMES]:
             name = name_text(record.target)
             if _HOST.match(name) is None:  # it will stand in header fields and logs
                 continue
             answer = self.look_up(name, kind, timeout_s=max(0.0, end - time.monotonic()))
             if any(ipaddress.ip_address(found.address) == address for found in answer.records):
-                return name
-        return ""
+                return "pass", name
+            if answer.status is Status.TEMPORARY:
+                result = "temperror"
+        return result, ""
 
     # --- the cache ------------------------------------------------------------------------------------------
 

@@ -102,6 +102,12 @@ class Expn(NamedTuple):
     argument: str
 
 
+class Etrn(NamedTuple):
+    """ETRN; node: as given (RFC 1985 section 5.2)."""
+
+    node: str
+
+
 class Help(NamedTuple):
     """HELP."""
 
@@ -120,4 +126,4 @@ class Fault(NamedTuple):
 
 
 Event = (Hello | Mail | Rcpt | Data | BdatStart | Body | BodyEnd | ChunkEnd | Reset | Quit | StartTls | Auth | AuthResponse
-         | Vrfy | Expn | Help | Noop | Fault)
+         | Vrfy | Expn | Etrn | Help | Noop | Fault)

@@ -60,7 +60,7 @@ class Bounds(NamedTuple):
 class Extensions:
     """What EHLO offers. size: octets, 0 for no limit; auth: mechanisms in order, () for none."""
 
-    __slots__ = ("auth", "auth_needs_tls", "chunking", "dsn", "eightbitmime", "enhancedstatuscodes", "limits", "pipelining", "rcpt_max",
+    __slots__ = ("auth", "auth_needs_tls", "chunking", "dsn", "eightbitmime", "enhancedstatuscodes", "etrn", "limits", "pipelining", "rcpt_max",
                  "size", "smtputf8", "starttls")
 
     def __init__(self, *, size: int = 0, starttls: bool = False, auth: tuple[str, ...] = (), auth_needs_tls: bool = False,
@@ -78,6 +78,7 @@ class Extensions:
         self.enhancedstatuscodes = enhancedstatuscodes
         self.limits = limits
         self.rcpt_max = rcpt_max
+        self.etrn = False
 
     def keywords(self) -> list[str]:
         """The EHLO lines behind the greeting (RFC 5321 section 4.1.1.1)."""
@@ -95,6 +96,8 @@ class Extensions:
             out.append("DSN")
         if self.chunking:
             out.append("CHUNKING")
+        if self.etrn:
+            out.append("ETRN")  # RFC 1985 section 4
         if self.starttls:
             out.append("STARTTLS")
         if self.auth:
@@ -339,6 +342,15 @@ class ServerProtocol:
             raise Refused(replies.SYNTAX)
         return events.Expn(argument)
 
+    def _etrn(self, argument: str) -> events.Event:
+        if not self.extensions.etrn:
+            raise Refused(replies.NOT_IMPLEMENTED)
+        if not self.greeted:
+            raise Refused(replies.HELO_FIRST)
+        if not argument or " " in argument:
+            raise Refused(replies.ETRN_BAD_NODE)
+        return events.Etrn(argument)
+
     def _help(self, argument: str) -> events.Event:
         return events.Help(argument)
 
@@ -578,6 +590,6 @@ def _keyword_lines(keywords: tuple[str, ...]) -> bytes:
 _VERBS = {
     "EHLO": ServerProtocol._ehlo, "HELO": ServerProtocol._helo, "MAIL": ServerProtocol._mail, "RCPT": ServerProtocol._rcpt,
     "DATA": ServerProtocol._data_command, "BDAT": ServerProtocol._bdat, "RSET": ServerProtocol._rset, "QUIT": ServerProtocol._quit,
-    "NOOP": ServerProtocol._noop, "VRFY": ServerProtocol._vrfy, "EXPN": ServerProtocol._expn, "HELP": ServerProtocol._help,
+    "NOOP": ServerProtocol._noop, "VRFY": ServerProtocol._vrfy, "EXPN": ServerProtocol._expn, "ETRN": ServerProtocol._etrn, "HELP": ServerProtocol._help,
     "STARTTLS": ServerProtocol._starttls, "AUTH": ServerProtocol._auth,
 }
