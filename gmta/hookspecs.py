@@ -160,7 +160,11 @@ class HookSpecs:
 
     @hookspec
     def check_rcpt(self, session: Session, transaction: Transaction, recipient: Recipient) -> Verdict | None:
-        """At RCPT, after the recipient is permitted: greylisting, quota, limits.  Failure: 451 4.3.0."""
+        """At RCPT, after the recipient is permitted: greylisting, quota, limits.
+
+        recipient: its address is where the mail goes, where permit_rcpt put one other address in place of `recipient.original`.
+        Failure: 451 4.3.0.
+        """
 
     @hookspec
     def check_data(self, session: Session, transaction: Transaction) -> Verdict | None:

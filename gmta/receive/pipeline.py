@@ -158,6 +158,9 @@ class Reception:
         verdict = pipeline.plugins.permit("permit_rcpt", self.session, transaction, recipient)
         if verdict is None:
             return self._tell("rcpt", replies.NOT_PERMITTED)
+        if verdict.replace is not None and len(verdict.replace) == 1:
+            recipient.address = verdict.replace[0]
+        recipient.transport = verdict.transport
         refusal = self._refusal("rcpt", verdict) or self._check("check_rcpt", self.session, transaction, recipient)
         if refusal is not None:
             return refusal
