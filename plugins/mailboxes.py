@@ -29,15 +29,14 @@ from gmta import PluginConfig, Verdict, accept, hookimpl, reject
 from gmta.config import Path
 from gmta.mail.address import Address, domain_key
 from gmta.mail.session import Recipient, Session, Transaction
+from gmta.services.aliases import address_key, name_key, parse_aliases
 
 MAX_DEPTH = 50  # an alias chain longer than this is taken for a loop
 MAX_TARGETS = 1000  # one RCPT must not become an unbounded number of recipients
-MAX_INCLUDE_DEPTH = 5
 CHECK_INTERVAL_S = 1.0
 
 # What a mailbox name must not hold unless the postmaster listed it: path parts, commands, routes, quoting.
 _UNSAFE = re.compile(r"[\x00-\x20\x7f-\x9f/\\|%!:@\"`<>,;()\[\]]|\A[.\-~]|\.\.|\.\Z")
-_TOKEN = re.compile(r'\s*((?:"(?:[^"\\]|\\.)*"|[^",\s])+)\s*(?:,|\Z)')
 
 
 class Config(PluginConfig):
@@ -54,7 +53,7 @@ class Config(PluginConfig):
     @classmethod
     def _check_mailboxes(cls, value: list[str]) -> list[str]:
         for name in value:
-            _key_of(name)
+            name_key(name)
         return value
 
     @field_validator("catch_all")
@@ -80,19 +79,6 @@ class Refused(Exception):
         self.verdict = verdict
 
 
-def _key_of(name: str) -> str:
-    """The form to compare a listed name by: `local@host` or `local`, lower case; raises ValueError."""
-    name = name.strip()
-    if "@" in name:
-        return _key(Address.parse(name))
-    Address.make(name, "localhost.test")  # raises AddressError, a ValueError, where it can't be a local part
-    return name.lower()
-
-
-def _key(address: Address) -> str:
-    return f"{address.mailbox.lower()}@{address.host}"
-
-
 def parse_mailboxes(text: str, source: str) -> set[str]:
     """The names of a mailboxes_file: the first word of each line; raises ValueError with the line."""
     found: set[str] = set()
@@ -100,81 +86,10 @@ def parse_mailboxes(text: str, source: str) -> set[str]:
         word = line.partition("#")[0].split()
         if word:
             try:
-                found.add(_key_of(word[0]))
+                found.add(name_key(word[0]))
             except ValueError as error:
                 raise ValueError(f"{source}:{number}: {word[0]!r} is not a mailbox: {error}") from error
     return found
-
-
-def parse_aliases(text: str, source: str, directory: FilePath | None = None) -> dict[str, list[str]]:
-    """Alias name -> targets, of a file in classic aliases syntax; raises ValueError with the line.
-
-    A line that starts with a blank continues the one before; `#` starts a comment line; a name or target may be
-    quoted; a name that stands twice has the targets of both. `:include:FILE` is a list of targets in a file.
-    """
-    logical: list[tuple[int, str]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        if line[0] in " \t":
-            if not logical:
-                raise ValueError(f"{source}:{number}: a continuation of nothing")
-            logical[-1] = (logical[-1][0], logical[-1][1] + " " + line.strip())
-        else:
-            logical.append((number, line.strip()))
-    aliases: dict[str, list[str]] = {}
-    for number, line in logical:
-        where = f"{source}:{number}"
-        match = re.match(r'\s*("(?:[^"\\]|\\.)*"(?:@[^\s:]+)?|[^\s:"]+)\s*:(.*)\Z', line)
-        if match is None:
-            raise ValueError(f"{where}: expected `name: target, target`")
-        try:
-            name = match[1]
-            key = _key_of(_unquote(name) if name.startswith('"') and name.endswith('"') else name)
-        except ValueError as error:
-            raise ValueError(f"{where}: {match[1]!r} is not an alias name: {error}") from error
-        targets = _targets(match[2], where, directory, 0)
-        if not targets:
-            raise ValueError(f"{where}: {match[1]!r} has no target")
-        aliases.setdefault(key, []).extend(targets)
-    return aliases
-
-
-def _unquote(text: str) -> str:
-    return re.sub(r"\\(.)", r"\1", text[1:-1])
-
-
-def _targets(text: str, where: str, directory: FilePath | None, depth: int) -> list[str]:
-    found: list[str] = []
-    position = 0
-    while text[position:].strip():
-        match = _TOKEN.match(text, position)
-        if match is None:
-            raise ValueError(f"{where}: can't read the targets at {text[position:].strip()[:40]!r}")
-        position = match.end()
-        target = match[1]
-        whole = _unquote(target) if target.startswith('"') and target.endswith('"') and len(target) > 1 else target
-        if whole.startswith((":include:", "|", "/")):
-            if not whole.startswith(":include:"):
-                raise ValueError(f"{where}: {whole[:40]!r}: commands and files are no alias targets here;"
-                                 " give the address a route to a transport instead")
-            if directory is None or depth >= MAX_INCLUDE_DEPTH:
-                raise ValueError(f"{where}: :include: nests too deep")
-            file = directory / whole[len(":include:"):].strip()
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-                if line.strip() and not line.lstrip().startswith("#"):
-                    found += _targets(line, f"{file.name}:{number}", directory, depth + 1)
-            continue
-        try:
-            found.append(str(Address.parse(whole)) if "@" in whole else _local(whole))
-        except ValueError as error:
-            raise ValueError(f"{where}: {target[:40]!r} is not an address: {error}") from error
-    return found
-
-
-def _local(name: str) -> str:
-    Address.make(name, "localhost.test")
-    return name
 
 
 class Plugin:
@@ -186,7 +101,7 @@ class Plugin:
         self._domains = frozenset(domain_key(domain) for domain in services.config.domains.local)
         named = services.config.sections.get("domains", {}).get("local", "").replace(",", " ").split()
         self._first = domain_key(named[0]) if named else ""  # the set of [domains] has no first
-        self._listed = frozenset(_key_of(name) for name in config.mailboxes)
+        self._listed = frozenset(name_key(name) for name in config.mailboxes)
         self._from_file: set[str] = set()
         self._aliases: dict[str, list[str]] = {}
         self._catch_all = Address.parse(config.catch_all) if config.catch_all else None
@@ -224,9 +139,9 @@ class Plugin:
     def _resolve(self, address: Address, path: tuple[str, ...], found: dict[str, Address], done: set[str]) -> None:
         """Adds to `found` where `address` ends; raises Refused. path: aliases above it; done: aliases dealt with."""
         if address.host not in self._domains:
-            found.setdefault(_key(address), address)
+            found.setdefault(address_key(address), address)
             return
-        key = _key(address)
+        key = address_key(address)
         if path and path[-1] == key:  # `joe: joe, joe@elsewhere` keeps a copy in joe's own mailbox
             self._end(address, found)
             return
@@ -263,10 +178,10 @@ class Plugin:
             return
         if _UNSAFE.search(address.mailbox):
             raise Refused(reject("Recipient address is not allowed", 550, "5.1.3"))
-        if self._catch_all is not None and _key(self._catch_all) not in path and _key(self._catch_all) != _key(address):
-            self._resolve(self._catch_all, (*path, _key(address)), found, done)
+        if self._catch_all is not None and address_key(self._catch_all) not in path and address_key(self._catch_all) != address_key(address):
+            self._resolve(self._catch_all, (*path, address_key(address)), found, done)
             return
-        catches = self._catch_all is not None and _key(self._catch_all) == _key(address)
+        catches = self._catch_all is not None and address_key(self._catch_all) == address_key(address)
         if self._config.accept == "any" or catches:
             found.setdefault(f"{user.lower()}@{address.host}", Address.make(user.lower(), address.host))
             return
