@@ -24,7 +24,8 @@ from gmta.config import ExistingFile
 from gmta.deliver.client import ConnectionFailed, Pool, Settings, SmtpClient, TlsFailed
 from gmta.deliver.mtasts import HttpsFetch, MtaSts
 from gmta.deliver.nexthop import NextHops, NoTargets, Target
-from gmta.deliver.tlspolicy import Contexts, DomainPolicy, TlsPolicies, Unusable, Validation
+from gmta.deliver.tlspolicy import Contexts, DomainPolicy, TlsPolicies, TlsRule, Unusable, Validation
+from gmta.deliver.tlsrpt import TlsReports, leave_in_maildrop
 from gmta.hookspecs import Duration
 from gmta.mail.address import Address
 from gmta.mail.verdict import Status
@@ -96,6 +97,7 @@ class Relay:
             services.resolver, services.log, services.clock, hostname=hostname, port=config.port, allow_loopback=config.allow_loopback,
             listeners=[address for listener in core.listeners.values() for address in listener.addresses])
         self._contexts = Contexts(config.ca_file)
+        self._reports = self._make_reports(core)
         self._policies = self._make_policies(core)
         self._pool = Pool(config.idle_timeout, services.clock, services.spawn)
         self._no_bdat: set[str] = set()
@@ -110,8 +112,16 @@ class Relay:
         sts = None
         if config.mta_sts:
             fetch = HttpsFetch(self._hops.web_addresses, self._contexts.https, port=config.sts_port)
-            sts = MtaSts(resolver, services.state, log, clock, fetch)
+            sts = MtaSts(resolver, services.state, log, clock, fetch, self._reports.fetch_failed if self._reports else None)
         return TlsPolicies(core.tls_policy, config.tls, resolver, sts=sts, validation=validation)
+
+    def _make_reports(self, core: Any) -> TlsReports | None:
+        """Who counts sessions for TLS reports, where they are on."""
+        if self._hosts or not core.tlsrpt.send:
+            return None
+        services = self._services
+        return TlsReports(core.tlsrpt, services.hostname, services.resolver, services.state, services.log, services.clock,
+                          leave_in_maildrop(core.gmta.data_dir, services.clock), services.spawn)
 
     def next_hop(self, address: Address) -> str:
         """The lane: one for smart hosts, one a domain for MX."""
@@ -168,6 +178,8 @@ class Relay:
     def close(self) -> None:
         """Closes kept connections."""
         self._pool.close()
+        if self._reports is not None:
+            self._reports.close()
 
     def _send(self, client: SmtpClient, delivery: Any, answered: dict[int, gmta.Outcome] | None = None) -> dict[int, gmta.Outcome]:
         """The message to the recipients that have no answer yet."""
@@ -186,8 +198,13 @@ class Relay:
     def _open(self, target: Target, next_hop: str, *, hurry: bool) -> SmtpClient:
         """A connection, with TLS by the strictest rule first that may be had otherwise; raises ConnectionFailed, Unusable."""
         config, services, hops = self._config, self._services, self._hops
-        policy: DomainPolicy = self._policies.of_domain(target.name if self._hosts else next_hop)
-        rule = self._policies.rule(policy, target)
+        policy = self._policies.of_domain(target.name if self._hosts else next_hop)
+        try:
+            rule = self._policies.rule(policy, target)
+        except Unusable as unusable:
+            self._note(policy, unusable.rule, target, unusable.result, str(unusable))
+            raise
+        strictest = rule
         while True:
             client = SmtpClient(self._settings, target.address, target.port, services.deadlines, name=target.name, rule=rule,
                                 contexts=self._contexts, clock=services.clock,
@@ -195,9 +212,12 @@ class Relay:
             try:
                 client.connect(min(HURRY_S, config.connect_timeout) if hurry else None)
             except TlsFailed as failure:
+                reason = failure.outcome.reply.text
+                if rule is strictest:
+                    self._note(policy, rule, target, failure.result, reason, client.source)
                 if rule.otherwise is None:
                     raise
-                services.log.info("tls failed", remote=client.remote, reason=failure.outcome.reply.text, policy=rule.source)
+                services.log.info("tls failed", remote=client.remote, reason=reason, policy=rule.source)
                 rule = rule.otherwise
             except ConnectionFailed as failure:
                 if not failure.connected:
@@ -205,7 +225,15 @@ class Relay:
                 raise
             else:
                 hops.answered(target)
+                if rule is strictest and rule.level != "none":
+                    result, reason = client.trouble or (rule.noted, "the host is none of the policy's" if rule.noted else "")
+                    self._note(policy, rule, target, result, reason, client.source)
                 return client
+
+    def _note(self, policy: DomainPolicy, rule: TlsRule, target: Target, result: str, reason: str = "", source: str = "") -> None:
+        """Counts a session for the TLS report."""
+        if self._reports is not None:
+            self._reports.note(policy, rule, target, result, reason, source)
 
 
 class Lmtp(Relay):

@@ -593,6 +593,14 @@ class SmtpClient:
 
     # --- the end --------------------------------------------------------------------------------------------------
 
+    @property
+    def source(self) -> str:
+        """Our address of this connection, for reports; "" where it is gone."""
+        try:
+            return str(self._socket.getsockname()[0])
+        except (AttributeError, OSError):
+            return ""
+
     def closed_by_remote(self) -> bool:
         """Whether the remote has closed this idle connection, or said something, which can only be 421."""
         return bool(self._poll.poll(0))

@@ -98,7 +98,7 @@ class MtaSts:
     """Policies of domains. resolver, state, log, clock: as in services.  report(domain, result, reason): a fetch has failed."""
 
     def __init__(self, resolver: Any, state: Any, log: Any, clock: Callable[[], float], fetch: Fetch,
-                 report: Callable[[str, str, str], None] = lambda domain, result, reason: None) -> None:
+                 report: Callable[[str, str, str], None] | None = None) -> None:
         self._resolver = resolver
         self._state = state
         self._log = log
@@ -138,7 +138,8 @@ class MtaSts:
         except FetchFailed as failure:
             self._state.set(failed_key, policy_id, FAILED_S)
             self._log.warning("mta-sts policy can't be fetched", domain=domain, reason=str(failure), kept=known is not None)
-            self._report(domain, failure.result, str(failure))
+            if self._report is not None:
+                self._report(domain, failure.result, str(failure))
             return known
         self._state.set(f"mta-sts:{domain}", list(policy), policy.max_age_s)
         self._log.info("mta-sts policy", domain=domain, mode=policy.mode, mx=policy.mx, max_age_s=policy.max_age_s, policy=policy_id)
@@ -214,7 +215,9 @@ class HttpsFetch:
                 kind = response.headers.get("Content-Type", "text/plain").partition(";")[0].strip().lower()
                 if kind != "text/plain":
                     raise FetchFailed(f"{host} serves {kind[:60]}, not text/plain")
-                body = response.read(MAX_BODY + 1)
+                body = b""
+                while len(body) <= MAX_BODY and (piece := response.read(MAX_BODY + 1 - len(body))):
+                    body += piece
             finally:
                 response.close()
         finally:

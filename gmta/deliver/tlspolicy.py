@@ -69,11 +69,12 @@ class TlsRejected(Exception):
 
 
 class Unusable(Exception):
-    """A host that can't be used now. result: as in a TLS report."""
+    """A host that can't be used now, by `rule`. result: as in a TLS report."""
 
-    def __init__(self, outcome: Outcome, result: str) -> None:
-        super().__init__(str(outcome.reply))
-        self.outcome = outcome
+    def __init__(self, text: str, rule: TlsRule, result: str) -> None:
+        super().__init__(text)
+        self.outcome: Outcome = deferred(text[:400], enhanced="4.7.5", recipient_fault=False)
+        self.rule = rule
         self.result = result
 
 
@@ -197,15 +198,15 @@ class TlsPolicies:
         sts = policy.sts
         if sts is None:
             return base
+        strict = TlsRule("verify", (target.name,), (), server_name, "mta-sts")
         allowed = sts.allows(target.name)
         if sts.mode == "enforce":
             if not allowed:  # RFC 8461 section 5
-                raise Unusable(deferred(f"{target.name} is no mail host of {policy.domain} by its MTA-STS policy", enhanced="4.7.5"),
-                               "validation-failure")
-            return TlsRule("verify", (target.name,), (), server_name, "mta-sts")
+                raise Unusable(f"{target.name} is no mail host of {policy.domain} by its MTA-STS policy", strict, "validation-failure")
+            return strict
         if not allowed:
             return replace(base, noted="validation-failure")
-        return TlsRule("verify", (target.name,), (), server_name, "mta-sts", otherwise=base)
+        return replace(strict, otherwise=base)
 
     def _base_rule(self, policy: DomainPolicy, target: Target, server_name: str) -> TlsRule:
         """What configuration alone asks for."""
@@ -225,7 +226,7 @@ class TlsPolicies:
         for name in _distinct(target.canonical or target.name, target.name):
             answer = self._resolver.look_up(dane.record_name(name, target.port), "TLSA")
             if answer.status is Status.TEMPORARY:  # RFC 7672 section 2.1.2: perhaps somebody hides them
-                raise Unusable(deferred(f"DNS look-up of TLSA for {name} failed: {answer.reason}"[:400], enhanced="4.7.5"), "dnssec-invalid")
+                raise Unusable(f"DNS look-up of TLSA for {name} failed: {answer.reason}", TlsRule("dane", (), (), name, "dane"), "dnssec-invalid")
             if answer.status is Status.FOUND and answer.secure:
                 return name, dane.usable(answer.records)
         return None
