@@ -1,205 +1,801 @@
-"""Transport `maildir`: writes messages into Maildirs, synced, each once.
+"""Transport `maildir`: writes messages into Maildirs and their folders, synced, each once, within a quota.
 
-Hooks: get_transports.  Keys of [transport:NAME]: path, a template with {local}, {domain}, {user} and {detail};
-detail_separator.  Replies: 250 2.1.5 delivered; 452 4.3.1 no room, 451 4.3.0 any other fault of the file system (both deferred).
+Hooks: get_transports; check_rcpt (quota, and mailboxes that are not there), on_worker_started: these need the name `maildir` in
+[plugins] enable.  Keys of [transport:NAME]: path, a template with {local}, {domain}, {user} and {detail}; detail_separator,
+detail_folders, quarantine_folder, fold_case, normalize, create, missing, symlinks, owner, directory_mode, file_mode, loop_check, quota,
+quota_messages, quota_file, quota_style, over_quota.  Replies: 250 2.1.5 delivered; 552 5.2.2 or 452 4.2.2 mailbox full; 550 5.1.1 or
+450 4.2.0 no mailbox; 554 5.4.6 loop; 550 5.1.3 a name too long; 452 4.3.1 no room, 451 4.3.0 any other fault of the file system (both
+deferred).
 
-A file is written in tmp/, synced, renamed into new/, and the directory synced. Its name derives from queue id and recipient,
-so a delivery repeated after a crash finds the first one, in new/ or (moved there by a reader) in cur/. Lines end in LF, as
-Maildir readers expect. Messages cross to a native thread in batches, which wait some milliseconds for company, so that
-intake's commits get the disk first. The rest of the message is as it came, below Return-Path and Delivered-To
-(RFC 5321 section 4.4, RFC 9228).
+A file is written in tmp/, synced, renamed into new/ (never over another), and the directory synced. Its name derives from queue id
+and recipient, so a delivery repeated after a crash finds the first one, in new/ or (moved there by a reader) in cur/. Lines end in
+LF, as Maildir readers expect. Messages cross to a native thread in batches, which wait some milliseconds for company, so that
+intake's commits get the disk first. The rest of the message is as it came, below Return-Path and Delivered-To (RFC 5321 section 4.4,
+RFC 9228).
+
+What a recipient's address makes of the path is entered one directory at a time from the fixed part on, and no symbolic link is
+followed there: whoever may write into a mailbox can't send mail elsewhere. Quotas are those of Maildir++: the file maildirsize, which
+Dovecot's and Courier's servers keep too. Which recipients there are is left to the plugins that permit them.
 """
 
 from __future__ import annotations
 
+import base64
+import errno
+import fcntl
+import grp
 import os
+import pwd
+import re
+import unicodedata
 from collections.abc import Iterator
 from io import IncrementalNewlineDecoder
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, field_validator
 
 import gmta
-from gmta import PluginConfig, hookimpl
-from gmta.mail.address import Address
+from gmta import PluginConfig, Verdict, hookimpl
+from gmta.config import ExistingFile, Size
+from gmta.mail.address import Address, AddressError
+from gmta.mail.envelope import Envelope, RecipientState, stored_address
 from gmta.mail.message import Message
-from gmta.services.files import NO_ROOM, start_writing_out, sync_directory, write_all
+from gmta.services.files import NO_ROOM, rename_new, start_writing_out, sync_directory, write_all
 
 LINGER_S = 0.010
 BATCH = 32
 LARGE = 64 * 1024  # octets from which a piece begins to be written out at once
 _DONE = gmta.delivered("Delivered to mailbox", enhanced="2.1.5")
+_LOOP = gmta.failed("The message was delivered to this mailbox before: it goes round in circles", enhanced="5.4.6", code=554)
+_NO_NAME = gmta.failed("The address makes no name for a mailbox", enhanced="5.1.3", code=550)
+
+_READ = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_PASS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC  # asks for no right to read it
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NAMES = 9  # tries where a name is taken
+_PARTS = ("cur", "new", "tmp")  # in the order in which they are made: who finds tmp finds all
+
+_SIZE_FILE = "maildirsize"
+_SIZE_FILE_MOST = 5120  # octets
+_STALE_S = 15 * 60.0
+_SIZE_IN_NAME = re.compile(r",S=([0-9]{1,18})(?=[:,]|\Z)")
 
 
 class Config(PluginConfig):
     """[plugin:maildir] has no keys of its own."""
 
 
-class Item(NamedTuple):
-    """One file to write; seek: look whether an earlier attempt wrote it."""
+class TransportConfig(PluginConfig):
+    """[transport:NAME] of type maildir."""
 
-    directory: str
+    path: str = Field("var/mail/{domain}/{local}", description="directory of a mailbox: {local} {domain} {user} {detail}")
+    detail_separator: str = Field("+", description="what parts {user} from {detail}; empty for none")
+    detail_folders: bool = Field(True, description="user+work@ goes into the folder .work where that exists")
+    quarantine_folder: str = Field(".Junk", description="where mail tagged `quarantine` goes; empty: like all mail")
+    fold_case: bool = Field(True, description="names in lower case")
+    normalize: Literal["nfc", "nfkc", "none"] = Field("nfc", description="form of Unicode names")
+    create: bool = Field(True, description="make a mailbox that is missing")
+    missing: Literal["defer", "reject"] = Field("defer", description="what happens to mail for one that is missing, with create = no")
+    symlinks: bool = Field(False, description="follow symbolic links below the fixed part of path")
+    owner: str = Field("", description="USER or USER:GROUP of what is made; needs a start as root")
+    directory_mode: str = "0700"
+    file_mode: str = "0600"
+    loop_check: bool = Field(True, description="fail a message that says it was delivered to this address before")
+    quota: Size = Field(0, description="octets of a mailbox; 0: any number")
+    quota_messages: int = Field(0, ge=0, description="messages of a mailbox; 0: any number")
+    quota_file: ExistingFile = Field("", description="lines `ADDRESS SIZE [MESSAGES]` or `USER SIZE [MESSAGES]` that differ")
+    quota_style: Literal["dovecot", "courier"] = Field("dovecot", description="courier: .Trash and messages marked deleted don't count")
+    over_quota: Literal["reject", "defer"] = "reject"
+
+    @field_validator("directory_mode", "file_mode")
+    @classmethod
+    def _check_mode(cls, value: str) -> str:
+        if re.fullmatch(r"0?[0-7]{3,4}", value) is None:
+            raise ValueError("expected octal digits such as 0700")
+        return value
+
+    @field_validator("quarantine_folder")
+    @classmethod
+    def _check_folder(cls, value: str) -> str:
+        if value and (not value.startswith(".") or folder_name(value[1:]) != value):
+            raise ValueError("expected a Maildir++ folder such as .Junk or .Junk.Later")
+        return value
+
+
+# --- quota ------------------------------------------------------------------------------------------------------
+
+
+class Limits(NamedTuple):
+    """A mailbox's quota; 0 is none of that kind."""
+
+    octets: int
+    messages: int
+
+    def hold(self, used: Usage, size: int = 0, count: int = 0) -> bool:
+        """Whether there is room for more."""
+        return not ((self.octets and used.octets + size > self.octets) or (self.messages and used.messages + count > self.messages))
+
+    def __str__(self) -> str:
+        """The first line of maildirsize."""
+        return ",".join([f"{self.octets}S"] * bool(self.octets or not self.messages) + [f"{self.messages}C"] * bool(self.messages))
+
+
+class Usage(NamedTuple):
+    """What is in a mailbox. trusted: good enough to refuse mail by."""
+
+    octets: int
+    messages: int
+    trusted: bool = True
+
+
+def read_usage(top: int, limits: Limits, now: float) -> Usage | None:
+    """What maildirsize says of the open Maildir; None where it has to be counted anew. now: Unix seconds."""
+    try:
+        file = os.open(_SIZE_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+    except OSError:
+        return None
+    try:
+        data = os.read(file, _SIZE_FILE_MOST + 1)
+        changed_at = os.fstat(file).st_mtime
+    finally:
+        os.close(file)
+    head, _, rest = data.partition(b"\n")
+    if len(data) > _SIZE_FILE_MOST or _read_limits(head) != limits:
+        return None
+    octets = messages = 0
+    lines = rest.split(b"\n")[:-1]  # the last may be in the making
+    try:
+        for line in lines:
+            size, count = line.split()
+            octets += int(size)
+            messages += int(count)
+    except ValueError:
+        return None
+    if not lines or octets < 0 or messages < 0:
+        return None
+    return Usage(octets, messages, len(lines) == 1 and now - _STALE_S <= changed_at)
+
+
+def _read_limits(line: bytes) -> Limits | None:
+    """The quota in a first line; None where it can't be read."""
+    found = {b"S": 0, b"C": 0}
+    for word in line.strip().split(b","):
+        kind, number = word[-1:], word[:-1]
+        if kind not in found or not number.isdigit():
+            return None
+        found[kind] = int(number)
+    return Limits(found[b"S"], found[b"C"])
+
+
+def count_usage(top: int, *, courier: bool = False) -> tuple[Usage, dict[str, int]]:
+    """What lies in new/ and cur/ of a Maildir and its folders; and when those directories changed last."""
+    octets = messages = 0
+    stamps: dict[str, int] = {}
+    with os.scandir(top) as entries:
+        folders = [entry.name for entry in entries
+                   if entry.name.startswith(".") and entry.is_dir(follow_symlinks=False) and not (courier and entry.name == ".Trash")]
+    for part in [f"{folder}/{part}" for folder in (".", *folders) for part in ("new", "cur")]:
+        try:
+            directory = os.open(part, _READ | os.O_NOFOLLOW, dir_fd=top)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                continue
+            raise
+        try:
+            stamps[part] = os.fstat(directory).st_mtime_ns
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name.startswith(".") or (courier and "T" in name.partition(":2,")[2]):
+                        continue
+                    match = _SIZE_IN_NAME.search(name)
+                    try:
+                        octets += int(match[1]) if match else entry.stat(follow_symlinks=False).st_size
+                    except FileNotFoundError:  # moved by a reader since
+                        continue
+                    messages += 1
+        finally:
+            os.close(directory)
+    return Usage(octets, messages), stamps
+
+
+def _stamps_differ(top: int, stamps: dict[str, int]) -> bool:
+    """Whether one of the directories changed since it was counted."""
+    try:
+        return any(os.stat(part, dir_fd=top, follow_symlinks=False).st_mtime_ns != stamp for part, stamp in stamps.items())
+    except FileNotFoundError:
+        return True
+
+
+class Overrides:
+    """quota_file: quotas of single mailboxes. Read again within a second of a change; one that can't be read changes nothing."""
+
+    def __init__(self, path: str, services: Any) -> None:
+        self._path = path
+        self._services = services
+        self._limits: dict[str, Limits] = {}
+        self._stamp: object = None
+        self._looked_at = services.clock()
+        if path:
+            self._stamp = self._stamp_now()
+            self._limits = self._read()
+
+    def of(self, address: Address, user: str) -> Limits | None:
+        """The quota that the file has for an address, else for its user."""
+        if not self._path:
+            return None
+        self._refresh()
+        user = user.lower()
+        for key in (_key(address), f"{user}@{address.host}", user):
+            found = self._limits.get(key)
+            if found is not None:
+                return found
+        return None
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a file."""
+        return bool(self._path)
+
+    def _stamp_now(self) -> tuple[int, int, int]:
+        stat = os.stat(self._path)
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def _refresh(self) -> None:
+        now = self._services.clock()
+        if 0 <= now - self._looked_at < 1.0:
+            return
+        self._looked_at = now
+        try:
+            stamp = self._stamp_now()
+            if stamp != self._stamp:
+                self._stamp = stamp
+                self._limits = self._read()
+        except (OSError, ValueError) as error:
+            self._services.log.error("quota_file not reloaded, the former content stays", error=str(error))
+
+    def _read(self) -> dict[str, Limits]:
+        """Raises OSError, ValueError."""
+        found: dict[str, Limits] = {}
+        size: TypeAdapter[int] = TypeAdapter(Size)
+        with open(self._path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                words = line.partition("#")[0].split()
+                if not words:
+                    continue
+                try:
+                    octets = size.validate_python(words[1])
+                    messages = int(words[2]) if len(words) > 2 else 0
+                    if messages < 0 or len(words) > 3:
+                        raise ValueError
+                    key = _key(Address.parse(words[0])) if "@" in words[0] else words[0].lower()
+                except (ValueError, IndexError) as error:
+                    raise ValueError(f"{os.path.basename(self._path)}:{number}: expected `ADDRESS SIZE [MESSAGES]`") from error
+                found[key] = Limits(octets, messages)
+        return found
+
+
+# --- the transport ----------------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """One file to write, below the fixed part of the path.
+
+    folder: "" or a Maildir++ folder; make_folder: make it where it is missing, else INBOX.  seek: look whether an earlier attempt wrote it.
+    """
+
+    path: tuple[str, ...]
+    folder: str
+    make_folder: bool
     name: str
     top: bytes
     message: Message
     seek: bool
+    limits: Limits | None
 
-    @property
-    def temporary(self) -> str:
-        """Where it is written until it is whole."""
-        return f"{self.directory}/tmp/{self.name}"
+
+class Reserved:
+    """What is in a mailbox, and what a batch will add."""
+
+    __slots__ = ("messages", "octets", "used")
+
+    def __init__(self, used: Usage) -> None:
+        self.used = used
+        self.octets = self.messages = 0
+
+
+class Written(NamedTuple):
+    """An item's file in tmp/."""
+
+    number: int
+    place: Place
+    temporary: str
+    file: int
+    size: int
+
+
+class Place(NamedTuple):
+    """An open Maildir or folder: its path, and its tmp/ and new/."""
+
+    path: tuple[str, ...]
+    tmp: int
+    new: int
 
 
 class Maildir:
     """The transport."""
 
-    class Config(PluginConfig):
-        """[transport:NAME] of type maildir."""
-
-        path: str = Field("var/mail/{domain}/{local}", description="directory of a mailbox: {local} {domain} {user} {detail}")
-        detail_separator: str = Field("+", description="what parts {user} from {detail}; empty for none")
-
+    Config = TransportConfig
     concurrency = 128
 
-    def __init__(self, name: str, config: Config, services: Any) -> None:
+    def __init__(self, name: str, config: TransportConfig, services: Any) -> None:
         self.name = name
+        self.config = config
         self._services = services
-        self._path = os.path.join(services.config.base, config.path)  # relative to the configuration file
+        self.base, self._template = _split_path(os.path.join(services.config.base, config.path))  # relative to the configuration file
         self._separator = config.detail_separator
-        try:
-            self._path.format(local="", domain="", user="", detail="")
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"path: expected only {{local}}, {{domain}}, {{user}} and {{detail}} in braces ({error})") from error
-        self._host = services.hostname.replace("/", "\\057").replace(":", "\\072")
-        self._known: set[str] = set()  # touched by the native thread alone
+        self._by_detail = any("{user}" in part or "{detail}" in part for part in self._template)
+        self._host = services.hostname.replace("/", "\\057").replace(":", "\\072").replace(",", "\\054")
+        self.directory_mode, self.file_mode = int(config.directory_mode, 8), int(config.file_mode, 8)
+        self.owner = _owner(config.owner)
+        self._default = Limits(config.quota, config.quota_messages)
+        self._overrides = Overrides(config.quota_file, services)
+        self._courier = config.quota_style == "courier"
         self._batch: Any = None
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether any mailbox may be full."""
+        return any(self._default) or self._overrides.any
 
     def deliver(self, delivery: Any) -> dict[int, gmta.Outcome]:
         """Writes a file a recipient."""
         batch = self._batch
         if batch is None:
             batch = self._batch = self._services.batch(f"maildir:{self.name}", self._write_all, max_items=BATCH, linger_s=LINGER_S)
+        seen = delivered_to(delivery.message) if self.config.loop_check else ()
         outcomes = {}
         for recipient in delivery.recipients:
-            try:
-                batch.submit(self._item(delivery, recipient))
-            except OSError as error:
-                outcomes[recipient.number] = _outcome(error)
+            outcome: gmta.Outcome | None
+            if seen and _key(recipient.address) in seen:
+                outcome = _LOOP
             else:
-                outcomes[recipient.number] = _DONE
+                try:
+                    outcome = batch.submit(self._item(delivery, recipient))
+                except OSError as error:
+                    outcome = _outcome(error)
+                except ValueError:
+                    outcome = _NO_NAME
+            outcomes[recipient.number] = outcome or _DONE
         return outcomes
 
-    def _item(self, delivery: Any, recipient: Any) -> Item:
+    def _item(self, delivery: Any, recipient: RecipientState) -> Item:
         envelope = delivery.envelope
-        top = f"Return-Path: <{envelope.sender}>\nDelivered-To: {recipient.address}\n"
+        address = recipient.address
+        config = self.config
+        folder, make_folder = "", False
+        detail = self._detail(recipient)
+        if config.quarantine_folder and "quarantine" in envelope.tags:
+            folder, make_folder = config.quarantine_folder, True
+        elif detail and config.detail_folders:
+            folder = folder_name(detail)
+        top = f"Return-Path: <{envelope.sender}>\nDelivered-To: {address}\n"
         name = f"{int(envelope.received_at)}.{envelope.id}R{recipient.number}.{self._host}"
-        return Item(self.directory(recipient.address), name, top.encode("utf-8", "surrogateescape"), delivery.message,
-                    not delivery.first_attempt)
+        return Item(self.path(address, detail), folder, make_folder, name, top.encode("utf-8", "surrogateescape"), delivery.message,
+                    not delivery.first_attempt, self.limits(address) if self.has_quota else None)
+
+    def _detail(self, recipient: RecipientState) -> str:
+        """The detail of the address, or the one that it was given with and whoever permitted it took away."""
+        separator = self._separator
+        if not separator:
+            return ""
+        address = recipient.address
+        user, detail = address.split_detail(separator)
+        if not detail and separator in recipient.original:
+            original = stored_address(recipient.original)
+            given, given_detail = original.split_detail(separator)
+            if given.lower() == user.lower() and original.host == address.host:
+                return given_detail
+        return detail
+
+    def path(self, address: Address, detail: str | None = None) -> tuple[str, ...]:
+        """The directories below the fixed part, for an address; raises ValueError where they would lead out of it."""
+        fold, form = self.config.fold_case, self.config.normalize
+        values = {"local": safe(address.mailbox, fold, form) or "%", "domain": safe(address.host or self._services.hostname)}
+        if self._by_detail:
+            user, own = address.split_detail(self._separator)
+            values["user"] = safe(user, fold, form) or "%"
+            values["detail"] = safe(own if detail is None else detail, fold, form)
+        parts = tuple(part for template in self._template if (part := template.format_map(values)) not in ("", "."))
+        if ".." in parts:
+            raise ValueError("leads out of the directory")
+        return parts
 
     def directory(self, address: Address) -> str:
-        """The Maildir of an address; every part of the address stays one path component."""
-        user, detail = address.split_detail(self._separator)
-        return self._path.format(local=safe(address.mailbox), domain=safe(address.host or self._services.hostname),
-                                 user=safe(user), detail=safe(detail))
+        """The Maildir of an address."""
+        return os.path.join(self.base, *self.path(address))
+
+    def limits(self, address: Address) -> Limits | None:
+        """The quota of an address's mailbox, or None."""
+        found = self._overrides.of(address, address.split_detail(self._separator)[0])
+        if found is None:
+            found = self._default
+        return found if any(found) else None
+
+    def room(self, address: Address, size: int) -> gmta.Outcome | None:
+        """What hinders a message of that size (0: not known) now: an Outcome, or None. Raises OSError."""
+        limits = self.limits(address)
+        if limits is None and self.config.create:
+            return None
+        path = self.path(address)
+        outcome: gmta.Outcome | None = self._services.batch("maildir quota").submit(lambda: self._room(path, limits, size))
+        return outcome
 
     # --- in the native thread ---------------------------------------------------------------------------------------
 
-    def _write_all(self, items: list[Item]) -> list[OSError | None]:
-        """Writes every file, syncs them, renames them, then syncs each directory once.
+    def _room(self, path: tuple[str, ...], limits: Limits | None, size: int) -> gmta.Outcome | None:
+        opened = Opened(self)
+        try:
+            top = opened.readable(path, make=False)
+            if limits is None:
+                return None
+            # with a size of nothing a mailbox is full when it has not one octet left
+            return None if self._holds(top, limits, max(size, 1), 1) else self._full(limits, size)
+        except FileNotFoundError:
+            if not self.config.create:
+                return self._missing()
+            return None if limits is None or limits.hold(Usage(0, 0), size, 1) else self._full(limits, size)
+        finally:
+            opened.close()
+
+    def _missing(self) -> gmta.Outcome:
+        if self.config.missing == "reject":
+            return gmta.failed("There is no such mailbox", enhanced="5.1.1", code=550)
+        return gmta.deferred("The mailbox is not there", enhanced="4.2.0", code=450)
+
+    def _full(self, limits: Limits, size: int) -> gmta.Outcome:
+        if self.config.over_quota == "reject" or not limits.hold(Usage(0, 0), size, 1):
+            return gmta.failed("Mailbox is full", enhanced="5.2.2", code=552)
+        return gmta.deferred("Mailbox is full", enhanced="4.2.2", code=452)
+
+    def _holds(self, top: int, limits: Limits, size: int, count: int) -> bool:
+        return limits.hold(self.usage(top, limits, size, count), size, count)
+
+    def usage(self, top: int, limits: Limits, size: int = 0, count: int = 0) -> Usage:
+        """What is in the open Maildir by its maildirsize; counted anew where that is needed before `size` more octets may be refused."""
+        now = self._services.clock()
+        used = read_usage(top, limits, now)
+        if used is not None and (used.trusted or limits.hold(used, size, count)):
+            return used
+        fcntl.flock(top, fcntl.LOCK_EX)  # nobody of ours is between a message's rename and its line in maildirsize
+        try:
+            used, stamps = count_usage(top, courier=self._courier)
+            self._write_usage(top, limits, used, stamps)
+            return used
+        finally:
+            fcntl.flock(top, fcntl.LOCK_UN)
+
+    def _write_usage(self, top: int, limits: Limits, used: Usage, stamps: dict[str, int]) -> None:
+        """Writes a new maildirsize; where the Maildir changed meanwhile, or it can't be written, there is none until the next count."""
+        try:
+            if _stamps_differ(top, stamps):
+                raise FileExistsError
+            temporary = f"{_SIZE_FILE}.new"
+            _remove(top, temporary)
+            file = os.open(temporary, _NEW, self.file_mode, dir_fd=top)
+            try:
+                self.give(file, self.file_mode)
+                write_all(file, f"{limits}\n{used.octets} {used.messages}\n".encode("ascii"))
+            finally:
+                os.close(file)
+            os.rename(temporary, _SIZE_FILE, src_dir_fd=top, dst_dir_fd=top)
+        except OSError:
+            _remove(top, _SIZE_FILE)
+
+    def _write_all(self, items: list[Item]) -> list[Any]:
+        """Writes every file, syncs them, renames them, then syncs each directory once: None, an Outcome or an OSError for each item.
 
         Step by step over the whole batch: a file system with a journal commits once for all of a step, where a rename between
         two syncs would make it commit for each.
         """
-        results: list[OSError | None] = [None] * len(items)
-        touched: dict[str, list[int]] = {}
-        written: list[tuple[int, int]] = []
-        for number, item in enumerate(items):
-            try:
-                if item.seek and self._find(item):
-                    touched.setdefault(item.directory, []).append(number)  # its directory may not be synced yet
-                else:
-                    written.append((number, self._write(item)))
-            except OSError as error:
-                results[number] = error
-        for _, file in written:
-            start_writing_out(file)
-        for number, file in written:
-            try:
+        results: list[Any] = [None] * len(items)
+        opened = Opened(self)
+        try:
+            written, touched = self._write_each(items, results, opened)
+            for one in written:
+                start_writing_out(one.file)
+            for one in written:
                 try:
-                    os.fsync(file)
-                finally:
-                    os.close(file)
-            except OSError as error:
-                results[number] = error
-        for number, _ in written:
-            item = items[number]
-            try:
-                if results[number] is None:
-                    os.rename(item.temporary, f"{item.directory}/new/{item.name}")  # that name can only hold the same message
-                    touched.setdefault(item.directory, []).append(number)
-            except OSError as error:
-                results[number] = error
-            if results[number] is not None:
-                _remove(item.temporary)
-        for directory, numbers in touched.items():
-            try:
-                sync_directory(f"{directory}/new")
-            except OSError as error:
-                for number in numbers:
+                    try:
+                        os.fsync(one.file)
+                    finally:
+                        os.close(one.file)
+                except OSError as error:
+                    results[one.number] = error
+            locks = self._locks(items, opened)
+            for one in written:
+                number, place = one.number, one.place
+                try:
+                    if results[number] is None:
+                        self._put(one, items[number])
+                        touched.setdefault(place.new, []).append(number)
+                except OSError as error:
                     results[number] = error
+                if results[number] is not None:
+                    _remove(place.tmp, one.temporary)
+            for new, numbers in touched.items():
+                try:
+                    os.fsync(new)
+                except OSError as error:
+                    for number in numbers:
+                        results[number] = error
+            if locks:
+                self._count(items, results, written, locks)
+        finally:
+            opened.close()
         return results
 
-    def _write(self, item: Item) -> int:
-        """Writes tmp/NAME, in a Maildir made where it is missing; the open file, still to be synced."""
-        directory = item.directory
-        if directory not in self._known:
-            self._make(directory)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC  # a crash may have left it
+    def _write_each(self, items: list[Item], results: list[Any], opened: Opened) -> tuple[list[Written], dict[int, list[int]]]:
+        """Writes what is not there yet; the files, and for each new/ that an earlier attempt may not have synced who needs that."""
+        written: list[Written] = []
+        touched: dict[int, list[int]] = {}
+        listed: dict[int, set[str]] = {}
+        used: dict[tuple[str, ...], Reserved] = {}
+        for number, item in enumerate(items):
+            try:
+                place = opened.place(item)
+                if item.seek:
+                    if place.new not in listed:
+                        listed[place.new] = opened.names(place)
+                    if item.name in listed[place.new]:
+                        touched.setdefault(place.new, []).append(number)
+                        if item.limits is not None:  # whether it was counted nobody knows
+                            _remove(opened.directory(item.path), _SIZE_FILE)
+                        continue
+                if item.limits is not None:
+                    size = item.message.size + len(item.top)
+                    full = self._reserve(item.path, item.limits, size, used, opened)
+                    if full is not None:
+                        results[number] = full
+                        continue
+                written.append(self._write(number, item, place))
+            except OSError as error:
+                missing = isinstance(error, FileNotFoundError) and not self.config.create
+                results[number] = self._missing() if missing else error
+        return written, touched
+
+    def _reserve(self, path: tuple[str, ...], limits: Limits, size: int, used: dict[tuple[str, ...], Reserved],
+                 opened: Opened) -> gmta.Outcome | None:
+        """Takes room for a message of the batch; an Outcome where there is none."""
+        reserved = used.get(path)
+        if reserved is None:
+            reserved = used[path] = Reserved(self.usage(opened.readable(path), limits, size, 1))
+        octets, messages = reserved.octets + size, reserved.messages + 1
+        if not limits.hold(reserved.used, octets, messages) and not reserved.used.trusted:
+            reserved.used = self.usage(opened.readable(path), limits, octets, messages)
+        if not limits.hold(reserved.used, octets, messages):
+            return self._full(limits, size)
+        reserved.octets, reserved.messages = octets, messages
+        return None
+
+    def _locks(self, items: list[Item], opened: Opened) -> dict[tuple[str, ...], int]:
+        """The mailboxes with a quota, open, each with a shared lock: nobody counts before their lines are written."""
+        locks: dict[tuple[str, ...], int] = {}
+        for item in items:
+            if item.limits is not None and item.path not in locks:
+                try:
+                    locks[item.path] = opened.readable(item.path)
+                    fcntl.flock(locks[item.path], fcntl.LOCK_SH)
+                except OSError:
+                    continue  # its item has failed already, or its file is counted next time
+        return locks
+
+    def _count(self, items: list[Item], results: list[Any], written: list[Written], locks: dict[tuple[str, ...], int]) -> None:
+        """Adds what was delivered to each maildirsize: a line a mailbox, in one write."""
+        sums: dict[tuple[str, ...], list[int]] = {}
+        for one in written:
+            item = items[one.number]
+            if results[one.number] is None and item.limits is not None:
+                sums.setdefault(item.path, [0, 0])
+                if not (self._courier and item.folder == ".Trash"):
+                    sums[item.path][0] += one.size
+                    sums[item.path][1] += 1
+        for path, (size, count) in sums.items():
+            try:
+                file = os.open(_SIZE_FILE, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=locks[path])
+            except OSError:
+                continue  # there is none: the next who asks counts
+            try:
+                write_all(file, b"%d %d\n" % (size, count))
+            except OSError:
+                _remove(locks[path], _SIZE_FILE)
+            finally:
+                os.close(file)
+
+    def _write(self, number: int, item: Item, place: Place) -> Written:
+        """Writes the file in tmp/, still to be synced."""
+        temporary = item.name
+        for attempt in range(1, _NAMES + 1):
+            try:
+                file = os.open(temporary, _NEW, self.file_mode, dir_fd=place.tmp)
+                break
+            except FileExistsError:
+                if attempt == _NAMES:
+                    raise
+                if item.seek and attempt == 1:
+                    os.unlink(temporary, dir_fd=place.tmp)  # a crash left it
+                else:
+                    temporary = f"{item.name}-{attempt}"
+        size = 0
         try:
-            file = os.open(item.temporary, flags, 0o600)
-        except FileNotFoundError:  # removed since it was made
-            self._known.discard(directory)
-            self._make(directory)
-            file = os.open(item.temporary, flags, 0o600)
-        try:
+            self.give(file, self.file_mode)
             for piece in _content(item):
                 write_all(file, piece)
+                size += len(piece)
                 if len(piece) >= LARGE:
                     start_writing_out(file)
         except OSError:
             os.close(file)
-            _remove(item.temporary)
+            _remove(place.tmp, temporary)
             raise
+        return Written(number, place, temporary, file, size)
+
+    @staticmethod
+    def _put(one: Written, item: Item) -> None:
+        """Renames the file into new/. Where the name is taken, by the same message or by another one, neither is lost."""
+        place, stem = one.place, item.name
+        for attempt in range(1, _NAMES + 1):
+            name = f"{stem},S={one.size}"
+            try:
+                rename_new(place.tmp, one.temporary, place.new, name)
+                return
+            except FileExistsError:
+                if _same(place.tmp, one.temporary, place.new, name):
+                    _remove(place.tmp, one.temporary)
+                    return
+                if attempt == _NAMES:
+                    raise
+                stem = f"{item.name}-{attempt}"
+
+    def give(self, file: int, mode: int) -> None:
+        """Sets owner and mode of something just made, where its making did not."""
+        if self.owner is not None:
+            os.fchown(file, *self.owner)
+        if mode & 0o7077:  # what a umask may have taken
+            os.fchmod(file, mode)
+
+
+class Opened:
+    """The directories that a batch has to do with, each opened once, by its name within the one above it."""
+
+    def __init__(self, maildir: Maildir) -> None:
+        self._maildir = maildir
+        self._follow = 0 if maildir.config.symlinks else os.O_NOFOLLOW
+        self._open: dict[tuple[str, ...], int] = {}
+        self._readable: dict[tuple[str, ...], int] = {}
+        self._places: dict[tuple[tuple[str, ...], str], Place] = {}
+
+    def close(self) -> None:
+        """Closes all."""
+        for file in (*self._open.values(), *self._readable.values()):
+            os.close(file)
+
+    def directory(self, path: tuple[str, ...], make: bool = False, flags: int = _PASS) -> int:
+        """An open directory; raises OSError, FileNotFoundError where it is missing and not to be made."""
+        file = self._open.get(path)
+        if file is None:
+            if path:
+                above = self.directory(path[:-1], make)
+                try:
+                    file = os.open(path[-1], flags | self._follow, dir_fd=above)
+                except FileNotFoundError:
+                    if not make:
+                        raise
+                    self._make(above, path[-1])
+                    file = os.open(path[-1], flags | self._follow, dir_fd=above)
+            else:
+                file = self._base(make)
+            self._open[path] = file
         return file
 
-    def _make(self, directory: str) -> None:
-        """Makes a Maildir with the directories above it, each entry synced."""
-        missing = []
-        path = os.path.abspath(directory)
-        while not os.path.isdir(path):
-            missing.append(path)
-            path = os.path.dirname(path)
-        made = [*reversed(missing), *(f"{directory}/{part}" for part in ("tmp", "new", "cur"))]
-        for path in made:
+    def readable(self, path: tuple[str, ...], make: bool = False) -> int:
+        """The same, to be read, locked or synced."""
+        file = self._readable.get(path)
+        if file is None:
+            file = self._readable[path] = os.open(".", _READ, dir_fd=self.directory(path, make))
+        return file
+
+    def _base(self, make: bool) -> int:
+        base = self._maildir.base
+        try:
+            return os.open(base, _PASS)
+        except FileNotFoundError:
+            if not make:
+                raise
+        missing = [base]
+        while not os.path.isdir(os.path.dirname(missing[-1])):
+            missing.append(os.path.dirname(missing[-1]))
+        for path in reversed(missing):
             try:
                 os.mkdir(path, 0o700)
             except FileExistsError:
-                continue
+                pass
             sync_directory(os.path.dirname(path))
-        if len(self._known) > 100_000:
-            self._known.clear()
-        self._known.add(directory)
+        return os.open(base, _PASS)
 
-    @staticmethod
-    def _find(item: Item) -> bool:
-        """Whether an earlier attempt's file is in new/, or in cur/ under any flags."""
-        if os.path.lexists(f"{item.directory}/new/{item.name}"):
-            return True
+    def _make(self, above: int, name: str) -> None:
+        """Makes a directory whose name is durable then, whoever made it first."""
+        maildir = self._maildir
         try:
-            with os.scandir(f"{item.directory}/cur") as entries:
-                return any(entry.name.partition(":")[0] == item.name for entry in entries)
+            os.mkdir(name, maildir.directory_mode, dir_fd=above)
+        except FileExistsError:
+            pass
+        else:
+            if maildir.owner is not None or maildir.directory_mode & 0o7077:
+                made = os.open(name, _READ | os.O_NOFOLLOW, dir_fd=above)
+                try:
+                    maildir.give(made, maildir.directory_mode)
+                finally:
+                    os.close(made)
+        file = os.open(".", _READ, dir_fd=above)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def place(self, item: Item) -> Place:
+        """tmp/ and new/ of an item's Maildir, or of its folder where that is there or to be made."""
+        key = (item.path, item.folder)
+        place = self._places.get(key)
+        if place is None:
+            place = self._maildir_at(item.path, self._maildir.config.create)
+            if item.folder:
+                path = self._folder(item)
+                if path is not None:
+                    place = self._maildir_at(path, item.make_folder)
+            self._places[key] = place
+        return place
+
+    def _maildir_at(self, path: tuple[str, ...], make: bool) -> Place:
+        top = self.directory(path, make)
+        try:
+            return Place(path, self.directory((*path, "tmp")), self.directory((*path, "new"), flags=_READ))
         except FileNotFoundError:
-            return False
+            for part in _PARTS:
+                self._make(top, part)
+        return Place(path, self.directory((*path, "tmp")), self.directory((*path, "new"), flags=_READ))
+
+    def _folder(self, item: Item) -> tuple[str, ...] | None:
+        """The path of an item's folder, or None where there is none and none is to be made."""
+        path = (*item.path, item.folder)
+        try:
+            self.directory(path)
+            return path
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                raise
+            if item.make_folder:
+                file = os.open("maildirfolder", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._maildir.file_mode,
+                               dir_fd=self.directory(path, make=True))  # what marks a folder in Maildir++
+                try:
+                    self._maildir.give(file, self._maildir.file_mode)
+                finally:
+                    os.close(file)
+                return path
+        if self._maildir.config.fold_case:
+            with os.scandir(self.readable(item.path)) as entries:
+                for entry in entries:
+                    if entry.name.lower() == item.folder.lower() and entry.is_dir(follow_symlinks=False):
+                        return (*item.path, entry.name)
+        return None
+
+    def names(self, place: Place) -> set[str]:
+        """The messages in new/ and cur/ of a place, by their names without size and flags."""
+        found: set[str] = set()
+        for directory in (place.new, self.directory((*place.path, "cur"), make=True, flags=_READ)):
+            with os.scandir(directory) as entries:
+                found.update(entry.name.partition(":")[0].partition(",")[0] for entry in entries)
+        return found
 
 
 def _content(item: Item) -> Iterator[bytes]:
@@ -233,37 +829,164 @@ def _with_lf(piece: bytes) -> bytes:
     return piece.replace(b"\r", b"") if ends.newlines == "\r\n" else piece.replace(b"\r\n", b"\n")
 
 
-def safe(text: str) -> str:
-    """One path component for part of an address: lower case; "/", "%", controls and a leading dot as %XX."""
-    text = text.lower()
-    if text.isalnum():
-        return text
-    out = "".join(f"%{ord(char):02X}" if char in "/%" or ord(char) < 32 or char == "\x7f" else char for char in text)
+def _same(directory: int, name: str, other_directory: int, other_name: str) -> bool:
+    """Whether two files hold the same octets."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(name, flags, dir_fd=directory), "rb") as one, open(os.open(other_name, flags, dir_fd=other_directory), "rb") as other:
+        while True:
+            piece = one.read(LARGE)
+            if piece != other.read(LARGE):
+                return False
+            if not piece:
+                return True
+
+
+def delivered_to(message: Message) -> frozenset[str]:
+    """The addresses that the message says it was delivered to (RFC 9228)."""
+    if b"delivered-to" not in message.header.lower():
+        return frozenset()
+    return frozenset(_key_of(value.strip().decode("utf-8", "surrogateescape")) for value in message.values("Delivered-To"))
+
+
+def _key_of(text: str) -> str:
+    try:
+        return _key(Address.parse(text.removeprefix("<").removesuffix(">")))
+    except AddressError:
+        return ""
+
+
+def _key(address: Address) -> str:
+    return f"{address.mailbox.lower()}@{address.host}"
+
+
+def safe(text: str, fold_case: bool = True, form: str = "nfc") -> str:
+    """One path component for part of an address: "/", "%", a leading dot and what can't be printed as %XX of its UTF-8."""
+    if text.isascii():
+        text = text.lower() if fold_case else text
+        if text.isalnum():
+            return text
+    else:
+        text = _normal(text, form)
+        if fold_case:
+            text = _normal(text.lower(), form)
+    out = "".join(char if char.isprintable() and char not in "/%" else _escaped(char) for char in text)
     return "%2E" + out[1:] if out.startswith(".") else out
 
 
-def _remove(path: str) -> None:
+def _normal(text: str, form: str) -> str:
+    if form == "none":
+        return text
+    return unicodedata.normalize("NFKC" if form == "nfkc" else "NFC", text)
+
+
+def _escaped(char: str) -> str:
+    return "".join(f"%{octet:02X}" for octet in char.encode("utf-8", "surrogatepass"))
+
+
+def folder_name(detail: str) -> str:
+    """The Maildir++ folder of a detail (names in modified UTF-7, RFC 3501 section 5.1.3), "" where it can't have one."""
+    if len(detail) > 64 or "/" in detail or not detail.isprintable() or "" in detail.split("."):
+        return ""
+    out = "."
+    for plain, coded in re.findall(r"([ -~]+)|([^ -~]+)", detail):
+        if plain:
+            out += plain.replace("&", "&-")
+        else:
+            out += f"&{base64.b64encode(coded.encode('utf-16-be')).decode('ascii').rstrip('=').replace('/', ',')}-"
+    return out
+
+
+def _split_path(path: str) -> tuple[str, tuple[str, ...]]:
+    """(fixed part, templates of the directories below it); raises ValueError for other words in braces."""
     try:
-        os.unlink(path)
+        path.format(local="", domain="", user="", detail="")
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(f"path: expected only {{local}}, {{domain}}, {{user}} and {{detail}} in braces ({error})") from error
+    parts = path.split("/")
+    fixed = next((index for index, part in enumerate(parts) if "{" in part or "}" in part), len(parts))
+    return os.path.abspath("/".join(parts[:fixed]) or "/"), tuple(part for part in parts[fixed:] if part)
+
+
+def _owner(text: str) -> tuple[int, int] | None:
+    """(uid, gid) of USER or USER:GROUP; raises ValueError."""
+    if not text:
+        return None
+    user, _, group = text.partition(":")
+    try:
+        entry = pwd.getpwnam(user)
+        return entry.pw_uid, grp.getgrnam(group).gr_gid if group else entry.pw_gid
+    except KeyError as error:
+        raise ValueError(f"owner: {error.args[0]}") from error
+
+
+def _remove(directory: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=directory)
     except OSError:
         pass
 
 
 def _outcome(error: OSError) -> gmta.Outcome:
-    """What a fault of the file system means: always another try, never a loss."""
+    """What a fault of the file system means: another try, never a loss, but for a name that no file system takes."""
+    if error.errno == errno.ENAMETOOLONG:
+        return _NO_NAME
     text = f"Mailbox can't be written: {error.strerror or 'I/O error'}"
     if error.errno in NO_ROOM:
         return gmta.deferred(text, code=452, enhanced="4.3.1")
     return gmta.deferred(text, enhanced="4.3.0")
 
 
+class _Factory:
+    """Makes transports and knows them."""
+
+    Config = TransportConfig
+
+    def __init__(self, made: dict[str, Maildir]) -> None:
+        self._made = made
+
+    def __call__(self, name: str, config: TransportConfig, services: Any) -> Maildir:
+        """The transport of a section."""
+        transport = self._made[name] = Maildir(name, config, services)
+        if transport.has_quota and "maildir" not in services.config.plugins.enable:
+            services.log.warning("quota is judged at delivery only: maildir is not in [plugins] enable", transport=name)
+        return transport
+
+
 class Plugin:
-    """Offers the transport type."""
+    """Offers the transport type; at RCPT, looks into the mailbox that a recipient's mail will go to."""
 
     def __init__(self, config: Config, services: Any) -> None:
-        pass
+        self._transports: dict[str, Maildir] = {}
+        self._router: Any = None
 
     @hookimpl
     def get_transports(self, config: Any) -> dict[str, Any]:
         """{type name: transport class}."""
-        return {"maildir": Maildir}
+        return {"maildir": _Factory(self._transports)}
+
+    @hookimpl
+    def on_worker_started(self, worker: Any) -> None:
+        """Learns who says which transport a recipient goes to, where there is anything to look for."""
+        if any(transport.has_quota or not transport.config.create for transport in self._transports.values()):
+            self._router = worker.scheduler.router
+
+    @hookimpl
+    def check_rcpt(self, session: Any, transaction: Any, recipient: Any) -> Verdict | None:
+        """552 5.2.2 or 452 4.2.2 where the mailbox is full, 550 5.1.1 or 450 4.2.0 where there has to be one and is none."""
+        if self._router is None:
+            return None
+        address = recipient.address
+        state = RecipientState(0, address, transport=recipient.transport or "", fixed_transport=recipient.transport is not None)
+        route = self._router.route(Envelope(transaction.id, transaction.sender, [state]), state)
+        transport = self._transports.get(route[0]) if isinstance(route, tuple) else None
+        if transport is None:
+            return None
+        try:
+            outcome = transport.room(address, transaction.size or 0)
+        except (OSError, ValueError):
+            return None  # its delivery will tell
+        if outcome is None:
+            return None
+        reply = outcome.reply
+        make = gmta.reject if reply.permanent else gmta.defer
+        return make(reply.text, reply.code, reply.enhanced or "")
