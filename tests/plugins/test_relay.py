@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -19,7 +21,8 @@ from gmta.mail.message import Message
 from gmta.mail.verdict import Status
 from gmta.services.deadlines import Deadlines
 from gmta.smtp.data import stuff
-from gmta.testing import MemoryLog, make_services
+from gmta.testing import FakeClock, MemoryLog, make_services
+from gmta.testing.authority import Authority
 from gmta.testing.peer import Peer
 from gmta.testing.zone import Zone
 from gmta_plugins.relay import Lmtp, Relay, split_host
@@ -42,7 +45,7 @@ class Out:
 
     def __init__(self, *hosts: str, kind: type[Relay] = Relay, zone: Any = None, core: str = "", **keys: Any) -> None:
         self.log = MemoryLog()
-        self.services = make_services(core, resolver=Zone(zone or {}), log=self.log)
+        self.services = make_services(core, resolver=Zone(zone or {}), log=self.log, clock=FakeClock(time.time()))  # certificates have dates
         self.services._still = Deadlines()
         section = Section("transport:out", values={name: str(value) for name, value in keys.items()} | ({"host": " ".join(hosts)} if hosts else {}))
         self.transport = kind("out", self.services.config.validate(kind.Config, section), self.services)
@@ -511,6 +514,161 @@ def test_without_authentication_the_mail_waits(make: Make, host: Host, script: s
     assert outcome.status is DEFERRED and not outcome.recipient_fault and said in outcome.reply.text
     wait_for(lambda: peer.sessions[0].ended)
     peer.check()
+
+
+# --- TLS ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+def relay_to(make: Make, peer: Peer, authority: Authority, *, core: str = "", records: dict[str, Any] | None = None, **keys: Any) -> Out:
+    """A transport for which `peer` is mx.example.org, the MX host of c.example; DNS is signed."""
+    zone = {".": {"SOA": ". . 1 1 1 1 1", "ad": True}, "c.example": {"MX": (10, "mx.example.org"), "ad": True},
+            "mx.example.org": {"A": peer.host, "ad": True}, **(records or {})}
+    return make(zone=zone, core=core, port=peer.port, allow_loopback="yes", ca_file=authority.file, **keys)
+
+
+def test_opportunistic_tls_takes_any_certificate_and_says_so(make: Make, host: Host, authority: Authority) -> None:
+    peer = host(tls=authority.issue("other.example", days=-1))
+    outcome = relay_to(make, peer, authority).send(next_hop="c.example")[0]
+    assert outcome.status is DELIVERED and re.fullmatch(r"TLSv1\.[23] [A-Z0-9_-]+ unverified", outcome.tls)
+    session = peer.sessions[0]
+    assert session.tls and session.server_name == "mx.example.org" and session.commands.count("EHLO mx.example.test") == 2
+
+
+def test_no_address_is_said_in_sni(make: Make, host: Host, authority: Authority) -> None:
+    peer = host(tls=authority.issue("127.0.0.1"))
+    assert statuses(make(peer.address).send()) == [DELIVERED] and peer.sessions[0].tls and peer.sessions[0].server_name == ""
+
+
+NO_TLS = ["S: 220 x\nC: EHLO\nS: 250-x\nS: 250 STARTTLS\nC: ^STARTTLS$\n" + end for end in (
+    "S: 220 go\nSTARTTLS garbage", "S: 220 go\nSTARTTLS close", "S: 220 go\nHANG", "S: 220 go\\n250 injected\nSTARTTLS close")]
+
+
+@pytest.mark.parametrize("script", NO_TLS)
+def test_a_handshake_that_fails_goes_on_in_clear_only_where_it_may(make: Make, host: Host, authority: Authority, script: str) -> None:
+    peer = host(script)
+    out = relay_to(make, peer, authority, command_timeout="0.1s" if "HANG" in script else "300s")
+    outcome = out.send(next_hop="c.example")[0]
+    assert outcome.status is DELIVERED and outcome.tls == "" and not peer.sessions[1].tls and out.log.of("tls failed")
+    assert not any(line.startswith("MAIL") for line in peer.commands(0))
+    for keys in ({"tls": "required"}, {"core": "[tls_policy]\n.example = encrypt\n"}):
+        peer = host(script)
+        out = relay_to(make, peer, authority, command_timeout="0.1s" if "HANG" in script else "300s", **keys)
+        outcome = out.send(next_hop="c.example")[0]
+        assert outcome.status is DEFERRED and not outcome.recipient_fault and peer.connections == 1
+
+
+@pytest.mark.parametrize(("script", "clear"), [
+    ("S: 220 x\nC: EHLO\nS: 250 x\nPLAY", True), ("S: 220 x\nC: EHLO\nS: 250-x\nS: 250 STARTTLS\nC: STARTTLS\nS: 454 4.7.0 not now\nPLAY", True)])
+def test_no_tls_on_offer(make: Make, host: Host, authority: Authority, script: str, clear: bool) -> None:
+    peer = host(script)
+    assert statuses(relay_to(make, peer, authority).send(next_hop="c.example")) == [DELIVERED] and peer.connections == 1
+    peer = host(script)
+    outcome = relay_to(make, peer, authority, tls="required").send(next_hop="c.example")[0]
+    assert outcome.status is DEFERRED and outcome.reply.enhanced == "4.7.10"
+    wait_for(lambda: peer.sessions[0].ended)
+    assert peer.commands()[-1] == "QUIT"
+
+
+def test_tls_off_asks_for_none(make: Make, host: Host, authority: Authority) -> None:
+    peer = host(tls=authority.issue("mx.example.org"))
+    assert statuses(relay_to(make, peer, authority, tls="off").send(next_hop="c.example")) == [DELIVERED]
+    assert "STARTTLS" not in peer.commands()
+
+
+@pytest.mark.parametrize(("names", "facts", "policy", "status"), [
+    (["mx.example.org"], {}, "verify", DELIVERED), (["c.example"], {}, "verify", DELIVERED), (["*.example.org"], {}, "verify", DELIVERED),
+    (["other.example"], {}, "verify", DEFERRED), (["mx.example.org"], {"days": -1}, "verify", DEFERRED),
+    (["mx.example.org"], {"stranger": True}, "verify", DEFERRED), (["a.mail.example"], {}, "verify .mail.example", DELIVERED),
+    (["mx.example.org"], {}, "verify .mail.example", DEFERRED), (["other.example"], {}, "encrypt", DELIVERED)])
+def test_what_verify_takes(make: Make, host: Host, authority: Authority, tmp_path: Path, names: list[str], facts: dict[str, Any], policy: str,
+                           status: Status) -> None:
+    issuer = Authority(tmp_path, "Stranger") if facts.pop("stranger", False) else authority
+    peer = host(tls=issuer.issue(*names, **facts))
+    outcome = relay_to(make, peer, authority, core=f"[tls_policy]\nc.example = {policy}\n").send(next_hop="c.example")[0]
+    assert outcome.status is status and peer.connections == 1 and len(peer.messages) == (status is DELIVERED)
+    if policy.startswith("verify"):
+        assert outcome.tls.endswith("verified:tls_policy") if status is DELIVERED else outcome.reply.enhanced == "4.7.5"
+
+
+def test_a_smart_host_is_verified_by_its_name(make: Make, host: Host, authority: Authority) -> None:
+    peer = host(tls=authority.issue("smart.example"))
+    for policy, status in (("smart.example = verify", DELIVERED), ("smart.example = verify other.example", DEFERRED)):
+        out = make(f"smart.example:{peer.port}", zone={"smart.example": {"A": "127.0.0.1"}}, core=f"[tls_policy]\n{policy}\n", ca_file=authority.file)
+        assert out.send()[0].status is status
+    peer = host(tls=authority.issue("127.0.0.1"))
+    out = make(peer.address, core="[tls_policy]\n* = verify\n", ca_file=authority.file)
+    assert out.send()[0].tls.endswith("verified:tls_policy")
+
+
+def test_dane(make: Make, host: Host, authority: Authority) -> None:
+    right, wrong = authority.issue("unrelated.example", days=-1), authority.issue("mx.example.org")
+
+    def outcome(shown: Any, record: Any, **changes: Any) -> Any:
+        peer = host(tls=shown) if shown is not None else host()
+        records = {f"_{peer.port}._tcp.mx.example.org": record} if record else {}
+        found = relay_to(make, peer, authority, records=records | changes).send(next_hop="c.example")[0]
+        clear = any(line.startswith("MAIL") for session in peer.sessions if not session.tls for line in session.commands)
+        return found.status, found.tls.rpartition(" ")[2], clear
+
+    signed = {"TLSA": right.tlsa(), "ad": True}
+    assert outcome(right, signed) == (DELIVERED, "verified:dane-ee", False)
+    assert outcome(wrong, {"TLSA": wrong.tlsa(2, of=1), "ad": True}) == (DELIVERED, "verified:dane-ta", False)
+    assert outcome(right, {"TLSA": right.tlsa(2, of=1), "ad": True})[0] is DEFERRED  # out of date, and not for this host
+    assert outcome(wrong, signed) == (DEFERRED, "", False)
+    assert outcome(None, signed) == (DEFERRED, "", False)
+    assert outcome(right, {"rcode": "SERVFAIL"}) == (DEFERRED, "", False)
+    assert outcome(right, {"TLSA": (1, 1, 1, "00" * 32), "ad": True}) == (DELIVERED, "unverified", False)
+    assert outcome(None, {"TLSA": (1, 1, 1, "00" * 32), "ad": True}) == (DEFERRED, "", False)
+    assert outcome(wrong, signed | {"ad": False}) == (DELIVERED, "unverified", False)
+    unsigned = {"mx.example.org": {"A": "127.0.0.1"}}
+    assert outcome(wrong, signed, **unsigned) == (DELIVERED, "unverified", False)
+    assert outcome(None, signed, **unsigned) == (DELIVERED, "", True)
+
+
+def test_dane_closes_one_host_and_not_the_next(make: Make, host: Host, authority: Authority) -> None:
+    certificate = authority.issue("mx.example.org")
+    bad = host(tls=certificate, host="127.0.0.2")
+    good = host(tls=certificate, host="127.0.0.3", port=bad.port)
+    zone = {".": {"SOA": ". . 1 1 1 1 1", "ad": True}, "c.example": {"MX": [(10, "bad.example"), (15, "dark.example"), (20, "good.example")], "ad": True},
+            "bad.example": {"A": "127.0.0.2", "ad": True}, "dark.example": {"A": "127.0.0.4", "ad": True}, "good.example": {"A": "127.0.0.3", "ad": True},
+            f"_{bad.port}._tcp.bad.example": {"TLSA": (3, 1, 1, "00" * 32), "ad": True}, f"_{bad.port}._tcp.dark.example": {"rcode": "SERVFAIL"},
+            f"_{bad.port}._tcp.good.example": {"TLSA": certificate.tlsa(), "ad": True}}
+    out = make(zone=zone, port=bad.port, allow_loopback="yes")
+    outcome = out.send(next_hop="c.example")[0]
+    assert outcome.status is DELIVERED and good.messages and not bad.messages
+    assert ["4.7.5" in text for text in out.tried] == [True, True]
+
+
+STS_RECORD = {"_mta-sts.c.example": {"TXT": ["v=STSv1; id=1"]}, "_smtp._tls.c.example": {"TXT": ["v=TLSRPTv1; rua=mailto:tls@c.example"]}}
+
+
+@pytest.mark.parametrize(("mode", "names", "pattern", "status", "verified", "reported"), [
+    ("enforce", ["mx.example.org"], "*.example.org", DELIVERED, "verified:mta-sts", ""),
+    ("enforce", ["c.example"], "mx.example.org", DEFERRED, "", "certificate-host-mismatch"),
+    ("enforce", ["mx.example.org"], "mx.example.net", DEFERRED, "", "validation-failure"),
+    ("enforce", [], "mx.example.org", DEFERRED, "", "starttls-not-supported"),
+    ("testing", ["mx.example.org"], "mx.example.org", DELIVERED, "verified:mta-sts", ""),
+    ("testing", ["c.example"], "mx.example.org", DELIVERED, "unverified", "certificate-host-mismatch"),
+    ("testing", ["mx.example.org"], "mx.example.net", DELIVERED, "unverified", "validation-failure"),
+    ("testing", [], "mx.example.org", DELIVERED, "", "starttls-not-supported"),
+    ("none", ["c.example"], "mx.example.org", DELIVERED, "unverified", ""),
+])
+def test_mta_sts(make: Make, host: Host, authority: Authority, mode: str, names: list[str], pattern: str, status: Status, verified: str,
+                 reported: str) -> None:
+    peer = host(tls=authority.issue(*names)) if names else host()
+    out = relay_to(make, peer, authority, records=STS_RECORD, core="[tlsrpt]\nsend = yes\n", dane="no")
+    assert out.transport._policies._sts is not None
+    out.transport._policies._sts._fetch = lambda domain: f"version: STSv1\nmode: {mode}\nmx: {pattern}\nmax_age: 86400\n".encode()
+    outcome = out.send(next_hop="c.example")[0]
+    assert outcome.status is status and outcome.tls.rpartition(" ")[2] == verified
+    counted = [facts for _, facts in out.services.state.scan("tlsrpt-facts:")]
+    assert [facts["result"] for facts in counted] == [reported]
+    assert counted[0]["policy"]["policy-type"] == ("no-policy-found" if mode == "none" else "sts")
 
 
 def test_stuffing_is_what_the_peer_undoes() -> None:

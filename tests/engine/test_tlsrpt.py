@@ -1,0 +1,185 @@
+"""TLS reports: what is counted for whom, and the report as RFC 8460 wants it."""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gmta.config import ConfigError
+from gmta.deliver import dane
+from gmta.deliver.mtasts import Policy
+from gmta.deliver.nexthop import Target
+from gmta.deliver.tlspolicy import DomainPolicy, TlsRule
+from gmta.deliver.tlsrpt import DAY_S, SPREAD_S, TlsReports, leave_in_maildrop
+from gmta.mail.address import Address
+from gmta.queue import maildrop
+from gmta.services.state import MemoryState
+from gmta.testing import FakeClock, MemoryLog, make_config
+from gmta.testing.zone import Zone
+
+TARGET = Target("mx.example.org", "192.0.2.1", 25)
+STS = Policy("enforce", ("mx.example.org",), 86400, lines=("version: STSv1", "mode: enforce", "mx: mx.example.org", "max_age: 86400"))
+
+
+class World:
+    """Two workers that count together."""
+
+    def __init__(self, record: str = "v=TLSRPTv1; rua=mailto:tls@example.org", **keys: Any) -> None:
+        self.clock = FakeClock()
+        self.clock.now -= self.clock.now % DAY_S  # midnight
+        self.log = MemoryLog()
+        self.zone = Zone({"_smtp._tls.example.org": {"TXT": [record]}})
+        self.state = MemoryState(self.clock)
+        self.sent: list[tuple[Address, list[Address], bytes]] = []
+        self.failing = False
+        self.keys = SimpleNamespace(**{"sender": "", "organization": "", **keys})
+        self.workers = [self.worker() for _ in range(2)]
+
+    def worker(self) -> TlsReports:
+        return TlsReports(self.keys, "mx.example.test", self.zone, self.state, self.log, self.clock, self.submit, lambda function: None)
+
+    def submit(self, sender: Address, recipients: list[Address], octets: bytes) -> None:
+        if self.failing:
+            raise OSError("no room")
+        self.sent.append((sender, recipients, octets))
+
+    def note(self, result: str = "", *, rule: TlsRule | None = None, sts: Policy | None = None, domain: str = "example.org", **facts: str) -> None:
+        for worker in self.workers:
+            worker.note(DomainPolicy(domain, sts=sts), rule or TlsRule(), TARGET, result, **facts)
+
+    def send_due(self) -> None:
+        for worker in self.workers:
+            worker.send_due()
+
+    def report(self) -> dict[str, Any]:
+        """The only report that was sent."""
+        (_, _, octets), = self.sent
+        part = list(email.message_from_bytes(octets, policy=email.policy.SMTP).iter_parts())[1]  # type: ignore[attr-defined]
+        found: dict[str, Any] = json.loads(gzip.decompress(part.get_content()))
+        return found
+
+
+def test_a_report_as_it_is_mailed() -> None:
+    world = World(organization='Ex "ample" GmbH', sender="tls-reports@example.test")
+    world.note()
+    world.clock.advance(DAY_S + SPREAD_S)
+    world.send_due()
+    world.send_due()  # nobody sends it again
+    (sender, recipients, octets), = world.sent
+    assert str(sender) == "tls-reports@example.test" and [str(one) for one in recipients] == ["tls@example.org"]
+    assert octets.isascii() and max(map(len, octets.split(b"\r\n"))) < 998 and b"\n" not in octets.replace(b"\r\n", b"")
+    message = email.message_from_bytes(octets, policy=email.policy.SMTP)
+    assert not message.defects and message.get_content_type() == "multipart/report" and message.get_param("report-type") == "tlsrpt"
+    assert message["From"] == 'Ex ample GmbH <tls-reports@example.test>' and message["TLS-Report-Domain"] == "example.org"
+    assert message["TLS-Report-Submitter"] == "mx.example.test" and message["Auto-Submitted"]
+    assert message["Subject"] == "Report Domain: example.org Submitter: mx.example.test Report-ID: <2026-01-05.example.org@mx.example.test>"
+    text, report = message.iter_parts()
+    assert "mail hosts of example.org" in text.get_content()
+    assert report.get_content_type() == "application/tlsrpt+gzip"
+    assert report.get_filename() == "mx.example.test!example.org!1767571200!1767657599.json.gz"
+    assert json.loads(gzip.decompress(report.get_content())) == {
+        "organization-name": 'Ex "ample" GmbH', "contact-info": "tls-reports@example.test",
+        "report-id": "2026-01-05.example.org@mx.example.test",
+        "date-range": {"start-datetime": "2026-01-05T00:00:00Z", "end-datetime": "2026-01-05T23:59:59Z"},
+        "policies": [{"policy": {"policy-type": "no-policy-found", "policy-domain": "example.org"},
+                      "summary": {"total-successful-session-count": 2, "total-failure-session-count": 0}}]}
+
+
+def test_sessions_are_told_apart_by_policy_and_by_what_went_wrong() -> None:
+    world = World()
+    sts = TlsRule("verify", ("mx.example.org",), source="mta-sts")
+    world.note(rule=sts, sts=STS)
+    world.note("certificate-expired", rule=sts, sts=STS, reason="certificate has expired", source="198.51.100.1")
+    world.note("certificate-expired", rule=sts, sts=STS, reason="certificate has expired", source="198.51.100.1")
+    world.note("starttls-not-supported", rule=sts, sts=STS)
+    world.note("validation-failure", rule=TlsRule(noted="validation-failure"), sts=STS)
+    world.note(rule=TlsRule("dane", (), (dane.Tlsa(3, 1, 1, b"\xab" * 32),), "mx.example.org", "dane"))
+    world.note()
+    world.workers[0].fetch_failed("example.org", "sts-policy-invalid", "no mx")
+    world.clock.advance(DAY_S + SPREAD_S)
+    world.send_due()
+    policies = {policy["policy"]["policy-type"] + str(len(policy["policy"].get("policy-string", ()))): policy for policy in world.report()["policies"]}
+    assert set(policies) == {"sts4", "sts0", "tlsa1", "no-policy-found0"}
+    found = policies["sts4"]
+    assert found["policy"] == {"policy-type": "sts", "policy-string": list(STS.lines), "policy-domain": "example.org", "mx-host": ["mx.example.org"]}
+    assert found["summary"] == {"total-successful-session-count": 2, "total-failure-session-count": 8}
+    assert {detail["result-type"]: detail["failed-session-count"] for detail in found["failure-details"]} == {
+        "certificate-expired": 4, "starttls-not-supported": 2, "validation-failure": 2}
+    assert {"result-type": "certificate-expired", "sending-mta-ip": "198.51.100.1", "receiving-mx-hostname": "mx.example.org", "receiving-ip": "192.0.2.1",
+            "failed-session-count": 4, "failure-reason-code": "certificate has expired"} in found["failure-details"]
+    assert policies["tlsa1"]["policy"]["policy-string"] == ["3 1 1 " + "ab" * 32] and policies["tlsa1"]["policy"]["mx-host"] == ["mx.example.org"]
+    assert policies["sts0"]["failure-details"] == [{"result-type": "sts-policy-invalid", "failed-session-count": 1, "failure-reason-code": "no mx"}]
+
+
+def test_a_report_waits_for_its_time_and_is_for_one_day() -> None:
+    world = World()
+    world.note()
+    world.send_due()
+    world.clock.advance(DAY_S)
+    world.note()  # the next day's
+    sent_at = None
+    for _ in range(SPREAD_S // 600 + 1):
+        world.send_due()
+        if world.sent and sent_at is None:
+            sent_at = world.clock.now % DAY_S
+        world.clock.advance(600)
+    assert sent_at is not None and len(world.sent) == 1
+    assert world.report()["policies"][0]["summary"]["total-successful-session-count"] == 2
+
+
+def test_what_could_not_be_left_is_left_later() -> None:
+    world = World()
+    world.note()
+    world.clock.advance(DAY_S + SPREAD_S)
+    world.failing = True
+    world.send_due()
+    world.failing = False
+    assert world.log.of("tls report can't be sent") and not world.sent
+    world.send_due()
+    assert len(world.sent) == 1
+
+
+@pytest.mark.parametrize(("record", "addresses"), [
+    ("v=TLSRPTv1; rua=mailto:a@b.example,https://c.example/x , mailto:d%2Be@f.example?subject=x", ["a@b.example", "d+e@f.example"]),
+    ("v=TLSRPTv1;rua=MAILTO:a@b.example;x=y", ["a@b.example"]), ("v=TLSRPTv1; rua=https://c.example/x", []), ("v=TLSRPTv2; rua=mailto:a@b.example", []),
+    ("v=TLSRPTv1", []), ("v=TLSRPTv1; rua=mailto:nobody", []), ("rua=mailto:a@b.example", [])])
+def test_only_who_asks_is_counted(record: str, addresses: list[str]) -> None:
+    world = World(record)
+    world.note()
+    world.note(domain="other.example")
+    assert bool(world.state.scan("tlsrpt:")) == bool(addresses)
+    world.clock.advance(DAY_S + SPREAD_S)
+    world.send_due()
+    assert [[str(one) for one in recipients] for _, recipients, _ in world.sent] == ([addresses] if addresses else [])
+
+
+def test_two_records_are_none() -> None:
+    world = World()
+    world.zone["_smtp._tls.example.org"] = {"TXT": ["v=TLSRPTv1; rua=mailto:a@b.example"] * 2 + ["v=TLSRPTv1; rua=mailto:c@b.example"]}
+    world.note()
+    assert not world.state.scan("tlsrpt")
+
+
+def test_it_is_left_in_the_maildrop(tmp_path: Path) -> None:
+    (tmp_path / maildrop.DIRECTORY).mkdir()
+    leave_in_maildrop(str(tmp_path), FakeClock())(Address.parse("postmaster@mx.example.test"), [Address.parse("tls@example.org")], b"Subject: x\r\n\r\n")
+    (path,) = (tmp_path / maildrop.DIRECTORY).iterdir()
+    opened = maildrop.open_drop(str(path))
+    assert (str(opened.drop.sender), opened.drop.notify) == ("postmaster@mx.example.test", {"NEVER"})
+    assert opened.file.read() == b"Subject: x\r\n\r\n"
+    opened.file.close()
+    with pytest.raises(OSError):
+        leave_in_maildrop(str(tmp_path / "gone"), FakeClock())(Address.parse("a@b.example"), [Address.parse("c@d.example")], b"")
+
+
+def test_its_sender_is_an_address() -> None:
+    assert make_config("[tlsrpt]\nsend = yes\nsender = tls@example.test\n").tlsrpt.sender == "tls@example.test"
+    with pytest.raises(ConfigError, match="sender: expected an address"):
+        make_config("[tlsrpt]\nsender = nobody\n")
