@@ -164,7 +164,11 @@ class Lanes:
             lane = self._make((transport, next_hop))
         jobs = lane.jobs
         if lane.failures or (lane.gate is not None and lane.gate.until):
-            if jobs or lane.active or self._closed_till(lane) > self._clock():
+            if self._closed_till(lane) > self._clock():
+                if lane.name not in self._closed:  # its gate was closed before it came
+                    self._close(lane)
+                return lane
+            if jobs or lane.active:
                 return lane
         elif jobs and len(jobs) >= most:
             return lane
@@ -176,13 +180,18 @@ class Lanes:
             self._place(lane)
         return None
 
-    def rooms(self, most: float) -> tuple[list[str], list[str]]:
-        """Names of lanes that take nothing more now (closed, being probed, `most` jobs wait), and of those that take one job."""
-        busy = [*self._closed, *(lane.name for lane in self._filled if lane.backlog >= most)]
+    def rooms(self, most: float) -> tuple[list[str], list[str], bool]:
+        """Names of lanes that take nothing more now, and of those that take one job, to be probed; whether some are just full.
+
+        Closed lanes, those being probed and those where `most` jobs wait take nothing.
+        """
+        busy = [lane.name for lane in self._filled if lane.backlog >= most]
+        full = bool(busy)
+        busy += self._closed
         probing: list[str] = []
         for name, lane in self._probing.items():
             (busy if lane.jobs or lane.active else probing).append(name)
-        return busy, probing
+        return busy, probing, full
 
     def _make(self, key: tuple[str, str]) -> Lane:
         if len(self._lanes) >= MAX_LANES:

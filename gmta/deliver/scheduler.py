@@ -289,9 +289,9 @@ class Scheduler:
                 if due_at is None or due_at > now:
                     return
             most = self._most()
-            busy, probing = self.lanes.rooms(most)
+            busy, probing, full = self.lanes.rooms(most)
             envelopes = store.due(now, min(self._window - self._waiting, 200), busy, probing, most)
-            self._left_in_store = bool(envelopes)
+            self._left_in_store = full or bool(envelopes)
             if not envelopes:
                 return
             before = self._waiting
@@ -300,17 +300,17 @@ class Scheduler:
             self._taken += max(0, self._waiting - before)
 
     def _done(self, job: Job) -> None:
-        """A job left memory; when half of what was taken is done, more is taken at once."""
+        """A job left memory; when half of what was taken is done, more is taken at once, but not for a few recipients each time."""
         self._running -= len(job.recipients)
         self._octets -= job.octets
         if self._left_in_store:
             self._done_since += len(job.recipients)
-            if self._done_since * 2 >= self._taken:
+            if self._done_since * 2 >= self._taken and self._done_since * 8 >= self._window:
                 self._wake.set()
 
     def _judge(self) -> None:
         """Sees that what waits behind closed and full lanes, and is not tried, gets its delay notice and its end."""
-        busy, probing = self.lanes.rooms(self._most())
+        busy, probing, _ = self.lanes.rooms(self._most())
         if not (busy or probing) or self._store_failing:
             return
         now = self._clock()

@@ -17,12 +17,16 @@ from gmta.deliver.scheduler import Scheduler
 from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import Message
-from gmta.mail.verdict import Outcome, Status, deferred, delivered, failed
+from gmta.mail.reply import Reply
+from gmta.mail.verdict import Outcome, Status, deferred, delivered, failed, outcome_of
+from gmta.queue import sqlite
+from gmta.queue.admin import QueueAdmin
 from gmta.queue.ids import IdSource
 from gmta.queue.sqlite import SqliteStore
 from gmta.queue.store import Settlement, StoreError
 from gmta.services.log import NullLog
 from gmta.testing import FakeClock, MemoryLog, make_config
+from gmta.testing.zone import Zone
 
 START = 1_800_000_000.0
 MESSAGE = Message.from_bytes(b"Subject: x\r\n\r\nbody\r\n")
@@ -74,8 +78,9 @@ class World:
         self.config = make_config({
             "gmta": {"workers": 1}, "domains": {"local": "local.example"}, "transport:out": {"type": "fake", "concurrency": concurrency},
             "route": route or {"*": "out"},
-            "queue": {"retry": "300s 900s", "window": window, "lifetime": "1h", "bounce_lifetime": "30m", "warn_after": "20m"},
-            **(sections or {})})
+            "queue": {"retry": "300s 900s", "window": window, "lifetime": "1h", "bounce_lifetime": "30m", "warn_after": "20m",
+                      **(sections or {}).get("queue", {})},
+            **{name: keys for name, keys in (sections or {}).items() if name != "queue"}})
         self.log = MemoryLog()
         services = SimpleNamespace(clock=self.clock, log=self.log, hostname="mx.example", config=self.config, resolver=resolver)
         self.scheduler = Scheduler(self.config, self.store, self.plugins, services, self.ids)
@@ -87,6 +92,17 @@ class World:
         self.store.put(envelope, MESSAGE)
         self.scheduler.accept(envelope, MESSAGE)
         return envelope
+
+    def put_away(self, to: str, *, last_reply: str = "") -> str:
+        """Queues a message for the domain's lane without delivering it; its id."""
+        address = Address.parse(to)
+        envelope = Envelope(self.ids.new(), Address.parse("a@b.example"), [RecipientState(0, address, next_attempt_at=self.clock.now)], 10,
+                            self.clock.now)
+        self.store.put(envelope, MESSAGE)
+        state = envelope.recipients[0]
+        state.transport, state.next_hop, state.last_reply = "out", address.host, last_reply
+        self.store.release(envelope)
+        return envelope.id
 
     def settle(self) -> None:
         """Until nothing is in memory."""
@@ -335,3 +351,324 @@ def test_workers_are_reused(world: Callable[..., World]) -> None:
         it.send(f"u{n}@c.example")
         it.settle()
     assert len(it.scheduler.lanes._greenlets) <= 5
+
+
+# --- what is said and kept --------------------------------------------------------------------------------------------
+
+
+def reports(it: World) -> list[str]:
+    """The reports that were delivered, as text."""
+    return [b"".join(d.message.chunks()).decode() for d in it.transport.seen if not d.envelope.sender]
+
+
+def only_reports(outcome: Outcome) -> Callable[[Any, RecipientState], Outcome]:
+    """An answer that takes reports, and gives `outcome` to all else."""
+    return lambda delivery, recipient: outcome if delivery.envelope.sender else delivered()
+
+
+def test_last_reply_is_the_remotes_whole_reply_or_our_own_reason(world: Callable[..., World]) -> None:
+    said = Reply.parse([b"421-4.7.26 line 0", b"421 4.7.26 last"])
+    it = world(FakeTransport(lambda d, r: outcome_of(said, remote="mx") if r.address.local == "x" else deferred("No route", remote="mx")))
+    envelope = it.send("x@c.example", "y@c.example")
+    it.settle()
+    assert [r.last_reply for r in it.store.all_recipients(envelope.id)] == ["421 4.7.26 line 0 4.7.26 last", "No route"]
+
+
+def test_each_host_that_was_tried_is_in_the_history_and_the_log(world: Callable[..., World], tmp_path: Path) -> None:
+    class Several(FakeTransport):
+        def deliver(self, delivery: Any) -> dict[int, Outcome]:
+            delivery.tried(outcome_of(Reply(421, "4.3.2", "busy"), remote="mx1"))
+            return super().deliver(delivery)
+
+    it = world(Several(lambda *_: Outcome(Status.DELIVERED, Reply(250, None, "ok"), remote="mx2", tls="TLSv1.3")))
+    envelope = it.send("x@c.example")
+    it.settle()
+    attempt, last = QueueAdmin(str(tmp_path / "q0")).trace(envelope.id)
+    assert (attempt.kind, attempt.data["remote"], attempt.data["reply"]) == ("attempt", "mx1", "421 4.3.2 busy")
+    assert (last.kind, last.data["remote"], last.data["tls"]) == ("delivered", "mx2", "TLSv1.3")
+    (line,) = it.log.of("attempt")
+    assert line["remote"] == "mx1" and str(line["reply"]) == "421 4.3.2 busy"
+
+
+def test_a_loop_is_given_up_before_it_is_sent(world: Callable[..., World]) -> None:
+    it = world(sections={"limits": {"hops": 5}})
+    for hops in (5, 6):
+        message = Message.from_bytes(b"Received: x\r\n" * hops + b"\r\nbody\r\n")
+        envelope = Envelope(it.ids.new(), Address.parse("a@b.example"), [RecipientState(0, Address.parse("x@c.example"))], 10, START)
+        it.store.put(envelope, message)
+        it.scheduler.accept(envelope, message)
+        it.settle()
+    assert len(it.transport.seen) == 2
+    (report,) = reports(it)
+    assert "Status: 5.4.6" in report
+
+
+def test_a_recipient_refused_by_a_check_fails_in_its_words(world: Callable[..., World]) -> None:
+    it = world()
+    states = [RecipientState(n, Address(name, "c.example"), transport="fail", fixed_transport=True, refused=f"550 5.7.{n} no {name}")
+              for n, name in enumerate(("x", "y"))] + [RecipientState(2, Address("z", "c.example"))]
+    envelope = Envelope(it.ids.new(), Address.parse("a@b.example"), states, 10, START)
+    it.store.put(envelope, MESSAGE)
+    it.scheduler.accept(envelope, MESSAGE)
+    it.settle()
+    (report,) = reports(it)  # both in one
+    assert "Status: 5.7.0" in report and "Status: 5.7.1" in report and "no x" in report and "no y" in report
+    assert "Final-Recipient: rfc822;z@c.example" not in report
+
+
+def test_what_the_postmaster_gives_up_says_so(world: Callable[..., World], tmp_path: Path) -> None:
+    it = world(FakeTransport(only_reports(deferred("later"))))
+    envelope = it.send("x@c.example")
+    it.settle()
+    assert QueueAdmin(str(tmp_path / "q0")).bounce([envelope.id]) == 1
+    it.later(1)
+    (report,) = reports(it)
+    assert "The postmaster has given this message up" in report and it.store.message(envelope.id) is None
+
+
+def test_expansion_is_reported_once_and_the_members_are_not(world: Callable[..., World]) -> None:
+    it = world()
+    envelope = Envelope(it.ids.new(), Address.parse("a@b.example"), [
+        RecipientState(n, Address(f"m{n}", "c.example"), "list@c.example", notify=frozenset({"NEVER"})) for n in range(2)], 10, START,
+        facts={"expanded": [["list@c.example", "rfc822;list@c.example"]]})
+    it.store.put(envelope, MESSAGE)
+    it.scheduler.accept(envelope, MESSAGE)
+    it.settle()
+    (report,) = reports(it)
+    assert "Action: expanded" in report and "Final-Recipient: rfc822;list@c.example" in report and "m0@" not in report
+
+
+@pytest.mark.parametrize(("mode", "facts", "ret", "whole"), [
+    ("trusted", {"trusted": True}, "", True), ("trusted", {}, "", False), ("trusted", {}, "FULL", False),
+    ("trusted", {"trusted": True}, "HDRS", False), ("always", {}, "", True), ("never", {"trusted": True}, "FULL", False)])
+def test_whose_message_goes_back_whole(world: Callable[..., World], mode: str, facts: dict[str, Any], ret: str, whole: bool) -> None:
+    it = world(FakeTransport(only_reports(failed("no"))), sections={"queue": {"return_message": mode}})
+    envelope = Envelope(it.ids.new(), Address.parse("a@b.example"), [RecipientState(0, Address("x", "c.example"))], 10, START, ret=ret, facts=facts)
+    it.store.put(envelope, MESSAGE)
+    it.scheduler.accept(envelope, MESSAGE)
+    it.settle()
+    assert ("\r\nbody\r\n" in reports(it)[0]) is whole
+
+
+def test_a_report_that_fails_is_logged_and_told_to_the_postmaster_once(world: Callable[..., World]) -> None:
+    it = world(FakeTransport(lambda *_: failed("no such user", enhanced="5.1.1")))
+    it.send("x@c.example")
+    it.settle()
+    assert len(it.transport.seen) == 2 and len(it.log.of("bounce undeliverable")) == 1
+    it = world(FakeTransport(lambda *_: failed("no such user", enhanced="5.1.1")), sections={"queue": {"double_bounce": "boss@b.example"}})
+    it.send("x@c.example")
+    it.settle()
+    assert [str(d.recipients[0].address) for d in it.transport.seen] == ["x@c.example", "a@b.example", "boss@b.example"]
+    assert len(it.log.of("bounce undeliverable")) == 2 and it.store.next_due_at() is None
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_retry_list_repeats_its_last_with_a_jitter_of_a_tenth(world: Callable[..., World]) -> None:
+    it = world(FakeTransport(only_reports(deferred("later"))), sections={"queue": {"lifetime": "1d", "warn_after": "0"}})
+    envelope = it.send("x@c.example")
+    it.settle()
+    for gap in (300, 900, 900, 900):
+        (state,) = it.store.all_recipients(envelope.id)
+        assert gap <= state.next_attempt_at - it.clock.now <= gap * 1.1
+        it.later(state.next_attempt_at - it.clock.now)
+    assert len(it.transport.seen) == 5
+
+
+@pytest.mark.parametrize(("domain", "gap", "life"), [
+    ("c.example", 10, 3600), ("sub.d.example", 20, 60), ("d.example", 300, 3600), ("c.sub.d.example", 20, 60)])
+def test_a_domain_may_have_times_of_its_own(world: Callable[..., World], domain: str, gap: float, life: float) -> None:
+    it = world(FakeTransport(only_reports(deferred("later"))),
+               sections={"queue:c.example": {"retry": "10s"}, "queue:.d.example": {"retry": "20s", "lifetime": "1m", "warn_after": "0"}})
+    envelope = it.send(f"x@{domain}")
+    it.settle()
+    (state,) = it.store.all_recipients(envelope.id)
+    assert gap <= state.next_attempt_at - START <= gap * 1.1
+    it.later(life - 1)
+    assert it.store.message(envelope.id) is not None
+    it.later(3)
+    assert it.store.message(envelope.id) is None and "Status: 5.4.7" in reports(it)[-1]
+
+
+def test_the_expired_keep_the_last_words_of_the_remote(world: Callable[..., World]) -> None:
+    it = world(FakeTransport(only_reports(outcome_of(Reply(451, None, "later"), remote="mx.c.example[192.0.2.1]:25"))))
+    it.send("x@c.example")
+    it.settle()
+    it.later(3600)
+    assert "Status: 5.4.7\r\n" in reports(it)[-1] and "Diagnostic-Code: smtp; 451 later\r\n" in reports(it)[-1]
+
+
+def test_what_waits_behind_a_dead_next_hop_is_warned_and_expires_untried(world: Callable[..., World]) -> None:
+    def answer(delivery: Any, recipient: RecipientState) -> Outcome:
+        return delivered() if delivery.next_hop == "b.example" else deferred("refused", remote="mx", recipient_fault=False)
+
+    it = world(HopTransport(answer), sections={"queue": {"retry": "2000s", "lifetime": "2h", "bounce_lifetime": "1h", "warn_after": "20m"}})
+    first = it.send("first@c.example")
+    it.settle()
+    waiting = it.send("waiting@c.example", "other@c.example")
+    it.send("never@c.example", notify=("NEVER",))
+    it.settle()
+    assert [r.attempts for r in it.store.all_recipients(waiting.id)] == [0, 0]
+    assert [d.envelope.id for d in it.transport.seen] == [first.id]
+    it.later(1199)
+    assert not reports(it)
+    it.later(1)
+    it.later(1)
+    assert len(reports(it)) == 2 and all("Action: delayed" in text for text in reports(it))
+    assert "Final-Recipient: rfc822;other@c.example" in "".join(reports(it)) and "Delivery suspended" in "".join(reports(it))
+    it.later(600)
+    assert len(reports(it)) == 2  # once
+    it.later(7200 - 1801)
+    it.later(1)
+    texts = reports(it)[2:]
+    assert all("Action: failed" in text and "Status: 5.4.7" in text for text in texts)
+    assert "Final-Recipient: rfc822;waiting@c.example" in "".join(texts)
+    assert it.store.message(waiting.id) is None
+
+
+# --- lanes and the store ------------------------------------------------------------------------------------------------
+
+
+class HopTransport(FakeTransport):
+    """One with a lane for each domain."""
+
+    def next_hop(self, address: Address) -> str:
+        return address.host
+
+
+def test_a_reply_that_closes_a_lane(world: Callable[..., World]) -> None:
+    said = outcome_of(Reply(421, "4.7.0", "too fast"), remote="mx", recipient_fault=True)
+    it = world(HopTransport(lambda *_: said), sections={"lane:x": {"match": "*.example", "on_reply": "421 4.7.0 -> pause 40m"},
+                                                        "queue": {"retry": "5m", "warn_after": "0"}})
+    first = it.send("x@c.example")
+    it.settle()
+    other = it.send("y@d.example")
+    it.settle()
+    (state,) = it.store.all_recipients(first.id)
+    assert state.attempts == 1 and state.next_attempt_at >= START + 2400
+    (state,) = it.store.all_recipients(other.id)
+    assert state.attempts == 0 and "after the reply: 421 4.7.0 too fast" in state.last_reply
+    it.later(2300)
+    assert len(it.transport.seen) == 1
+    it.later(101)
+    assert len(it.transport.seen) == 2
+
+
+def test_mx_hosts_decide_on_the_lane(world: Callable[..., World]) -> None:
+    zone = Zone({"c.example": {"MX": [(10, "mx1.big.example")]}, "d.example": {"MX": [(10, "mx.small.example")]}})
+    it = world(HopTransport(), sections={"lane:big": {"match_mx": "*.big.example", "rate": "1/h"}}, resolver=zone)
+    for domain in ("c.example", "d.example"):
+        for n in range(3):
+            it.send(f"u{n}@{domain}")
+    with gevent.Timeout(10):
+        while it.scheduler.in_memory > 2 or len(it.transport.seen) < 4:
+            gevent.sleep(0)
+    assert sorted(d.next_hop for d in it.transport.seen) == ["c.example"] + ["d.example"] * 3
+
+
+def test_a_slow_lane_leaves_room_in_the_window(world: Callable[..., World]) -> None:
+    gate = Signal()
+
+    class Slow(HopTransport):
+        def deliver(self, delivery: Any) -> dict[int, Outcome]:
+            if delivery.next_hop == "slow.example":
+                gate.wait()
+            return super().deliver(delivery)
+
+    it = world(Slow(), window=10)
+    for n in range(200):
+        envelope = Envelope(it.ids.new(), Address.parse("a@b.example"), [RecipientState(0, Address(f"u{n}", "slow.example"))], 10, START)
+        it.store.put(envelope, MESSAGE)
+        it.store.release(envelope)
+    last = Envelope(it.ids.new(), Address.parse("a@b.example"), [RecipientState(0, Address("x", "fast.example"))], 10, START)
+    it.store.put(last, MESSAGE)
+    it.store.release(last)
+    it.scheduler._left_in_store = True
+    with gevent.Timeout(10):
+        while it.store.message(last.id) is not None:
+            it.scheduler._take()
+            gevent.sleep(0)
+    assert it.scheduler._waiting <= 10
+    gate.set()
+    for _ in range(60):
+        it.later(0)
+    assert len(it.transport.seen) == 201
+
+
+def test_more_lanes_than_a_search_looks_at_all_get_their_turn(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "LANES", 10)
+    monkeypatch.setattr(sqlite, "SCAN", 20)
+    it = world()
+    busy = [f"out:busy{n:03d}.example" for n in range(60)]
+    for n in range(60):
+        for _ in range(3):
+            it.put_away(f"u@busy{n:03d}.example")
+    it.clock.now += 1
+    free = [it.put_away(f"u@zz{n}.example") for n in range(3)]
+    found: list[str] = []
+    for _ in range(10):
+        found += [envelope.id for envelope in it.store.due(it.clock.now, 5, busy, (), 2)]
+    assert sorted(found) == sorted(free)
+
+
+def test_of_each_lane_no_more_than_its_room(world: Callable[..., World]) -> None:
+    it = world()
+    for name in ("a", "b", "c", "d"):
+        for _ in range(5):
+            it.put_away(f"u@{name}.example")
+    found = it.store.due(it.clock.now, 100, ["out:a.example"], ["out:b.example"], 2)
+    assert sorted(envelope.recipients[0].next_hop for envelope in found) == ["b.example", "c.example", "c.example", "d.example", "d.example"]
+
+
+def test_what_a_released_recipient_waits_for_is_kept(world: Callable[..., World], tmp_path: Path) -> None:
+    it = world()
+    queue_id = it.put_away("u@c.example", last_reply="Delivery suspended")
+    it.store.changed_outside()  # behind it in the thread
+    (row,) = QueueAdmin(str(tmp_path / "q0")).list([queue_id])
+    assert row["recipients"][0]["next_hop"] == "c.example" and row["recipients"][0]["last_reply"] == "Delivery suspended"
+
+
+def test_overdue_goes_through_the_queue_in_parts(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "SCAN", 7)
+    it = world()
+    old = []
+    for _ in range(20):
+        it.clock.now += 1
+        old.append(it.put_away("u@c.example"))
+    it.clock.now += 1000
+    it.put_away("new@c.example")
+    now = it.clock.now
+    found: list[Envelope] = []
+    for _ in range(8):
+        found += it.store.overdue(now, now - 500, 0.0, 0.0, 5)
+    assert [envelope.id for envelope in found] == old  # each once: it is claimed
+    assert it.store.overdue(now, now - 500, 0.0, 0.0, 5) == []
+
+
+def test_what_is_under_way_and_closed_is_shown(world: Callable[..., World], tmp_path: Path) -> None:
+    gate = Signal()
+
+    class Slow(HopTransport):
+        def deliver(self, delivery: Any) -> dict[int, Outcome]:
+            if delivery.next_hop == "slow.example":
+                gate.wait()
+            return super().deliver(delivery)
+
+    it = world(Slow(lambda d, r: deferred("refused", remote="mx", recipient_fault=False) if d.next_hop == "dead.example" else delivered()))
+    it.send("x@dead.example")
+    it.settle()
+    envelope = it.send("x@slow.example")
+    gevent.sleep(0)
+    it.clock.now += 60
+    it.scheduler._tick()
+    it.store.changed_outside()  # behind it in the thread
+    shown = QueueAdmin(str(tmp_path / "q0")).stats()
+    assert shown["under_way"] == 1 and shown["attempts"][0]["id"] == envelope.id and shown["attempts"][0]["since"] == START
+    assert shown["closed"][0]["lane"] == "out:dead.example" and "refused" in shown["closed"][0]["reason"]
+    gate.set()
+    it.settle()
+    it.scheduler.lanes.resume_all()
+    it.scheduler._tick()
+    it.store.changed_outside()
+    assert QueueAdmin(str(tmp_path / "q0")).stats()["under_way"] == 0
