@@ -29,7 +29,6 @@ import pwd
 import re
 import unicodedata
 from collections.abc import Iterator
-from io import IncrementalNewlineDecoder
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter, field_validator
@@ -39,7 +38,7 @@ from gmta import PluginConfig, Verdict, hookimpl
 from gmta.config import ExistingFile, Size
 from gmta.mail.address import Address, AddressError
 from gmta.mail.envelope import Envelope, RecipientState, stored_address
-from gmta.mail.message import Message
+from gmta.mail.message import Message, with_lf
 from gmta.services.files import NO_ROOM, rename_new, start_writing_out, sync_directory, write_all
 
 LINGER_S = 0.010
@@ -804,29 +803,7 @@ def _content(item: Item) -> Iterator[bytes]:
     top = item.top
     if not message.separator and message.body.size:
         top += b"" if message.header else b"\n"
-    held = b""  # a CR at the end of a piece waits for its LF
-    first = True
-    for piece in message.chunks():
-        if held:
-            piece = held + piece
-            held = b""
-        if piece.endswith(b"\r"):
-            piece, held = piece[:-1], b"\r"
-        piece = _with_lf(piece)
-        if first:
-            piece = top + piece
-            first = False
-        if piece:
-            yield piece
-    if held:
-        yield held
-
-
-def _with_lf(piece: bytes) -> bytes:
-    """CRLF made LF; a bare CR stays. Dropping every CR is ten times as fast where all of them are of line ends."""
-    ends = IncrementalNewlineDecoder(None, False)
-    ends.decode(piece.decode("latin-1"), final=True)
-    return piece.replace(b"\r", b"") if ends.newlines == "\r\n" else piece.replace(b"\r\n", b"\n")
+    return with_lf(message.chunks(), top)
 
 
 def _same(directory: int, name: str, other_directory: int, other_name: str) -> bool:
