@@ -141,7 +141,7 @@ class Lanes:
         self._swept_at = 0.0
         self._doubtful = 0  # jobs under way that may well fail
         self._patient: deque[Lane] = deque()  # lanes that wait until there are fewer of those
-        self._filled: set[Lane] = set()  # lanes with jobs waiting
+        self._filled: set[Lane] = set()  # lanes with more than one job waiting
         self._closed: dict[str, Lane] = {}
         self._probing: dict[str, Lane] = {}  # the pause is over, nothing has succeeded yet
         self._times: list[tuple[float, int, Callable[[Any], None], Any]] = []
@@ -172,10 +172,11 @@ class Lanes:
                 return lane
         elif jobs and len(jobs) >= most:
             return lane
-        if jobs is None:
+        if jobs:
+            self._filled.add(lane)
+        elif jobs is None:
             jobs = lane.jobs = deque()
         jobs.append(job)
-        self._filled.add(lane)
         if not lane.placed and lane.active < lane.limit:
             self._place(lane)
         return None

@@ -452,15 +452,16 @@ class Scheduler:
         gave_up: list[Notice] = []
         late: list[Notice] = []
         arrived: list[Notice] = []
-        told: list[tuple[RecipientState, Outcome, str]] = []
+        told: list[tuple[RecipientState, Outcome, str, str, str]] = []
         for outcome in job.attempts:
             events.append(Event(envelope.id, now, "attempt", {
                 "transport": job.transport, "next_hop": job.next_hop, "remote": outcome.remote, "reply": str(outcome.reply)[:MAX_SAID]}))
         for recipient in job.recipients:
             outcome = outcomes[recipient.number]
+            said = str(outcome.reply)[:MAX_SAID]
             if job.attempted:
                 recipient.attempts += 1
-                recipient.last_reply = outcome.words[:MAX_SAID]
+                recipient.last_reply = outcome.words[:MAX_SAID] if outcome.own else said
             status = outcome.status
             if status is Status.DEFERRED:
                 status = self._defer(job, recipient, outcome, now, late)
@@ -474,15 +475,15 @@ class Scheduler:
             elif status is Status.FAILED:
                 recipient.status = FAILED
                 gave_up.append(Notice(recipient, outcome, bounce.EXPIRED if outcome.status is Status.DEFERRED else ""))
-            said = str(outcome.reply)
-            data = {"to": str(recipient.address), "transport": job.transport, "next_hop": job.next_hop, "remote": outcome.remote,
-                    "reply": said[:MAX_SAID], "attempts": recipient.attempts}
+            to = str(recipient.address)
+            data = {"to": to, "transport": job.transport, "next_hop": job.next_hop, "remote": outcome.remote,
+                    "reply": said, "attempts": recipient.attempts}
             if outcome.tls:
                 data["tls"] = outcome.tls
             if status is not outcome.status:
                 data["reason"] = "expired"
             events.append(Event(envelope.id, now, status.value, data))
-            told.append((recipient, outcome, status.value))
+            told.append((recipient, outcome, status.value, to, said))
         births = self._reports(job, gave_up, late, arrived, events, now) if gave_up or late or arrived else ()
         self._record(Settlement(envelope, job.recipients, events, births))
         self._tell(job, told, elapsed_s, now)
@@ -618,18 +619,16 @@ class Scheduler:
                 self._left_in_store = True
                 self._wake.set()
 
-    def _tell(self, job: Job, told: list[tuple[RecipientState, Outcome, str]], elapsed_s: float, now: float) -> None:
+    def _tell(self, job: Job, told: list[tuple[RecipientState, Outcome, str, str, str]], elapsed_s: float, now: float) -> None:
         """One log line a recipient, and the on_delivery hooks."""
         envelope = job.envelope
         hooks = self._plugins.has("on_delivery")
         for outcome in job.attempts:
             self._log.info("attempt", id=envelope.id, transport=job.transport, next_hop=job.next_hop, remote=outcome.remote,
                            reply=outcome.reply)
-        for recipient, outcome, event in told:
-            more = {"tls": outcome.tls} if outcome.tls else {}
-            self._log.info(event, id=envelope.id, to=recipient.address, transport=job.transport, next_hop=job.next_hop,
-                           remote=outcome.remote, attempts=recipient.attempts, reply=outcome.reply,
-                           delay_s=round(now - envelope.received_at, 3), **more)
+        for recipient, outcome, event, to, said in told:
+            self._log.info(event, id=envelope.id, to=to, transport=job.transport, next_hop=job.next_hop, remote=outcome.remote,
+                           attempts=recipient.attempts, reply=said, delay_s=round(now - envelope.received_at, 3), tls=outcome.tls or None)
             if hooks:
                 self._plugins.on("on_delivery", envelope, recipient, outcome, elapsed_s)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
-from itertools import count
+from itertools import count, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -206,7 +206,7 @@ def test_a_dead_next_hop_costs_one_attempt_and_is_probed_at_growing_gaps() -> No
     for _ in range(4000):
         it.put("dead.example", "again")  # refused while it is closed
         it.go(1)
-    gaps = [b - a for (a, _, _), (b, _, _) in zip(it.begun, it.begun[1:], strict=False)]
+    gaps = [b - a for (a, _, _), (b, _, _) in pairwise(it.begun)]
     assert [round(gap / 10) * 10 for gap in gaps] == [300, 600, 1200, 1800]
 
 
@@ -475,7 +475,7 @@ def test_dead_and_busy_destinations_do_not_hold_up_the_live(monkeypatch: pytest.
     assert among <= 1.2 * alone
     for host, times in network.seen.items():
         if not host.startswith("live"):
-            gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+            gaps = [b - a for a, b in pairwise(times)]
             assert len(gaps) == 2 and gaps[0] >= 300 and gaps[1] >= 600, (host, gaps)
     for envelope in scheduler._store.messages.values():  # the others of a dead destination wait, untried
         assert envelope.recipients[0].attempts <= 3
