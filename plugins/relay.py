@@ -42,7 +42,7 @@ class Config(PluginConfig):
 class TransportConfig(PluginConfig):
     """[transport:NAME] of type relay or lmtp."""
 
-    host: list[str] = Field([], description="ADDRESS[:PORT] ..., tried in order; none: the MX hosts of the domain (relay only)")
+    host: list[str] = Field([], description="ADDRESS[:PORT] or unix:PATH ..., tried in order; none: the MX hosts of the domain (relay only)")
     port: int = Field(25, ge=1, le=65535, description="port of MX hosts, and of hosts that name none")
     allow_loopback: bool = Field(False, description="deliver to MX hosts on loopback, for tests")
     tls: Literal["opportunistic", "required", "off"] = Field("opportunistic", description="where [tls_policy] says nothing")
@@ -243,7 +243,9 @@ class Lmtp(Relay):
 
 
 def split_host(text: str, port: int) -> tuple[str, int]:
-    """(host, port) of HOST, HOST:PORT, [IPV6] or [IPV6]:PORT; raises ValueError."""
+    """(host, port) of HOST, HOST:PORT, [IPV6] or [IPV6]:PORT, (path, 0) of unix:PATH; raises ValueError."""
+    if text.startswith("unix:/"):
+        return text[5:], 0
     if text.startswith("["):
         host, _, rest = text[1:].partition("]")
         rest = rest.removeprefix(":")

@@ -109,7 +109,7 @@ class SmtpClient:
         self.settings = settings
         self.host = host
         self.port = port
-        self.remote = f"{name}[{host}]:{port}" if name and name != host else f"{host}:{port}"
+        self.remote = f"{name}[{host}]:{port}" if name and name != host else host if host.startswith("/") else f"{host}:{port}"
         self.rule = rule or TlsRule("may" if contexts is not None else "none")
         self._contexts = contexts
         self._clock = clock
@@ -142,7 +142,8 @@ class SmtpClient:
         self._limit = self._deadlines.clock() + settings.attempt_timeout
         self._deadlines.watch(self)
         try:
-            self._socket.setsockopt(plain_socket.IPPROTO_TCP, plain_socket.TCP_NODELAY, 1)
+            if not self.host.startswith("/"):
+                self._socket.setsockopt(plain_socket.IPPROTO_TCP, plain_socket.TCP_NODELAY, 1)
             self._poll = _poll()
             self._poll.register(self._socket.fileno(), _READABLE)
             greeting = self._read(settings.greeting_timeout, "the greeting")
@@ -163,14 +164,15 @@ class SmtpClient:
         self.usable = True
 
     def _open_socket(self, timeout_s: float) -> None:
-        """The TCP connection, from our address of the family where we have one."""
+        """The TCP connection, from our address of the family where we have one; or one to a socket of this machine, by its path."""
+        local = self.host.startswith("/")
         six = ":" in self.host
-        sock = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_UNIX if local else socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
         try:
-            for source in self.settings.source:
+            for source in () if local else self.settings.source:
                 if (":" in source) == six:
                     sock.bind((source, 0))
-            error = sock._sock.connect_ex((self.host, self.port))  # gevent's connect would resolve the address in a thread
+            error = sock._sock.connect_ex(self.host if local else (self.host, self.port))  # gevent's connect would resolve the address in a thread
             if error in _UNDER_WAY:
                 socket.wait_write(sock.fileno(), timeout_s)
                 error = sock.getsockopt(plain_socket.SOL_SOCKET, plain_socket.SO_ERROR)
@@ -597,7 +599,7 @@ class SmtpClient:
     def source(self) -> str:
         """Our address of this connection, for reports; "" where it is gone."""
         try:
-            return str(self._socket.getsockname()[0])
+            return "" if self.host.startswith("/") else str(self._socket.getsockname()[0])
         except (AttributeError, OSError):
             return ""
 

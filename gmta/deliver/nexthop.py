@@ -96,7 +96,7 @@ class NextHops:
         targets: list[Target] = []
         trouble: NoTargets | None = None
         for name, port in hosts:
-            if _is_ip(name):
+            if name.startswith("/") or _is_ip(name):  # a socket of this machine has a path
                 targets.append(Target(name, name, port))
                 continue
             found = self._resolver.addresses(name)
