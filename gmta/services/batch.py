@@ -63,6 +63,17 @@ class Batch:
             raise result
         return result
 
+    def submit_all(self, items: list[Any]) -> list[Any]:
+        """`submit` of several at once: one wait for all; raises the first failure."""
+        waiters = [Waiter() for _ in items]
+        for item, waiter in zip(items, waiters, strict=True):
+            self._push(item, waiter)
+        results = [waiter.get() for waiter in waiters]
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return results
+
     def post(self, item: Any) -> None:
         """Hands `item` to the thread without waiting; its result is dropped."""
         self._push(item, None)

@@ -20,7 +20,7 @@ import os
 import sqlite3
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class State(Protocol):
 
     def count(self, key: str, amount: float = 1, ttl_s: float = 3600.0) -> None:
         """`add` without waiting for it to be done."""
+
+    def add_all(self, amounts: Sequence[tuple[str, float, float]]) -> list[float]:
+        """`add` of many (key, amount, ttl_s) with one wait; their totals."""
 
     def delete(self, key: str) -> None:
         """Forgets a key."""
@@ -131,12 +134,20 @@ class SqliteState:
 
     def add(self, key: str, amount: float = 1, ttl_s: float = 3600.0) -> float:
         """Adds to a counter and returns its total; ttl_s counts from its first addition."""
+        return self.add_all([(key, amount, ttl_s)])[0]
+
+    def add_all(self, amounts: Sequence[tuple[str, float, float]]) -> list[float]:
+        """`add` of many (key, amount, ttl_s) with one wait; their totals."""
         now = self._clock()
-        key = _plain(key)
-        total = self._do(_Op("add", key, "", amount, now + min(ttl_s, MAX_TTL_S), now))
+        ops = [_Op("add", _plain(key), "", amount, now + min(ttl_s, MAX_TTL_S), now) for key, amount, ttl_s in amounts]
+        return [self._counted(op, total, now) for op, total in zip(ops, self._do_all(ops), strict=True)]
+
+    def _counted(self, op: _Op, total: Any, now: float) -> float:
+        """The total that the native thread has found, or this worker's own where there is none."""
+        key, amount = op.key, op.amount
         if total is _UNKNOWN:
             kept = self._cache.get(key)
-            known, expires_at = (kept[0], kept[1]) if kept is not None and kept[1] > now else (0, now + ttl_s)
+            known, expires_at = (kept[0], kept[1]) if kept is not None and kept[1] > now else (0, op.expires_at)
             total = (known if isinstance(known, (int, float)) else 0) + amount
             self._keep(key, total, expires_at, now)
             return float(total)
@@ -175,17 +186,21 @@ class SqliteState:
 
     def _do(self, op: _Op) -> Any:
         """The native thread's answer, or _UNKNOWN."""
+        return self._do_all([op])[0]
+
+    def _do_all(self, ops: list[_Op]) -> list[Any]:
+        """Its answers."""
         try:
-            answer = self._batch.submit(op)
+            answers = self._batch.submit_all(ops)
         except (sqlite3.Error, OSError, RuntimeError) as error:
             if not self._failing:
                 self._failing = True
                 self._log.warning("state can't be kept", error=str(error))
-            return _UNKNOWN
+            return [_UNKNOWN] * len(ops)
         if self._failing:
             self._failing = False
             self._log.info("state is kept again")
-        return answer
+        return answers
 
 
 class _Unknown:
@@ -314,6 +329,10 @@ class MemoryState:
         total = (known if isinstance(known, (int, float)) else 0) + amount
         self._rows[key] = (json.dumps(total), row[1] if row is not None and row[1] > now else now + min(ttl_s, MAX_TTL_S))
         return float(total)
+
+    def add_all(self, amounts: Sequence[tuple[str, float, float]]) -> list[float]:
+        """`add` of each."""
+        return [self.add(*one) for one in amounts]
 
     def count(self, key: str, amount: float = 1, ttl_s: float = 3600.0) -> None:
         """`add` without its total."""

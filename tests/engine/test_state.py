@@ -66,6 +66,13 @@ def test_a_counter_counts_one_window_of_time(state: State, workers: Workers) -> 
     assert state.add("n", -1, 10) == 3
 
 
+def test_many_counters_in_one_go(state: State) -> None:
+    state.add("a", 2)
+    assert state.add_all([("a", 1, 10), ("b", 5, 10), ("a", 1, 10)]) == [3, 5, 4]
+    assert state.add_all([]) == []
+    assert (state.get("a"), state.get("b")) == (4, 5)
+
+
 def test_a_counter_on_what_is_no_number_begins_anew(state: State) -> None:
     state.set("n", "word", 10)
     assert state.add("n", 3, 10) == 3
