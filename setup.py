@@ -24,11 +24,11 @@ setup(
     package_data={"gmta": ["py.typed"]},
     install_requires=[
         "gevent>=24.2", "dnspython>=2.6", "pluggy>=1.5", "dkimpy>=1.1.8", "pyspf>=2.0.14", "pydantic>=2.7",
-        "click>=8.1", "rich>=13.7", "cryptography>=42", "idna>=3.7", "prometheus-client>=0.20", "urllib3>=2.2",
+        "click>=8.1", "rich>=13.7", "cryptography>=42", "idna>=3.7", "prometheus-client>=0.20", "argon2-cffi>=23.1", "urllib3>=2.2",
     ],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6.100", "import-linter>=2", "ruff>=0.6", "mypy>=1.11", "pyyaml>=6",
-                 "dkimpy[ARC,ed25519]>=1.1.8"],
+                 "dkimpy[ARC,ed25519]>=1.1.8", "jsonschema>=4.20", "standardwebhooks>=1.0"],
     },
     entry_points={
         "console_scripts": ["gmta = gmta.cli:main", *(f"{name} = gmta.cli.sendmail:main" for name in ("sendmail", "mailq", "newaliases"))],
