@@ -1,0 +1,442 @@
+"""gmta sends to Postfix, found through MX records in unbound: STARTTLS, DANE in a signed zone, MTA-STS over HTTPS.
+
+Names stand at addresses of loopback; all hosts listen on one port. The zones are signed here and served by unbound itself, which
+validates them by their trust anchors.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import pwd
+import smtplib
+import socket
+import sqlite3
+import ssl
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import dns.dnssec
+import dns.dnssectypes
+import dns.name
+import dns.rdatatype
+import dns.zone
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from gmta.services.dns import Resolver, Status
+from gmta.testing.authority import Authority, Issued
+from tests.e2e.conftest import DEADLINE_S, Gmta, free_port, program, until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.getuid() != 0, reason="Postfix's master process needs root")]
+
+RIGHT, WRONG, CLEAR, WEB = "127.0.0.31", "127.0.0.32", "127.0.0.33", "127.0.0.34"
+FILE = "version: STSv1\r\nmode: {}\r\nmx: *.sts.example\r\nmax_age: 86400\r\n"
+STS = {"enforced": "enforce", "broken": "enforce", "trial": "testing", "unserved": None}
+SECURE = ("right", "wrong", "dark", "cleartext", "none")
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether somebody takes connections there."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, port)) == 0
+
+
+# --- DNS --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Signed:
+    """A signed zone. text: as a zone file; anchor: the DS record that vouches for it."""
+
+    text: str
+    anchor: str
+
+
+def sign(origin: str, records: str, *, spoil: str = "", honest: bool = True) -> Signed:
+    """Signs a zone. spoil: a name whose TLSA records are changed afterwards; honest=False: the anchor is of another key."""
+    zone = dns.zone.from_text(f"$TTL 60\n@ SOA ns.{origin}. x.{origin}. 1 3600 600 86400 60\n@ NS ns\nns A 127.0.0.1\n{records}", origin,
+                              relativize=False)
+    private = ec.generate_private_key(ec.SECP256R1())
+    key = dns.dnssec.make_dnskey(private.public_key(), dns.dnssec.Algorithm.ECDSAP256SHA256, flags=257)
+    now = datetime.datetime.now(datetime.UTC)
+    dns.dnssec.sign_zone(zone, keys=[(private, key)], add_dnskey=True, dnskey_ttl=60, inception=now - datetime.timedelta(days=1),
+                         expiration=now + datetime.timedelta(days=7))
+    text = zone.to_text(relativize=False)
+    if spoil:
+        lines = [f"{line[:-4]}beef" if line.startswith(f"{spoil}.") and " TLSA " in line and " RRSIG " not in line else line
+                 for line in text.splitlines()]
+        assert lines != text.splitlines()
+        text = "\n".join(lines)
+    if not honest:
+        key = dns.dnssec.make_dnskey(ec.generate_private_key(ec.SECP256R1()).public_key(), dns.dnssec.Algorithm.ECDSAP256SHA256, flags=257)
+    anchor = dns.dnssec.make_ds(dns.name.from_text(origin), key, dns.dnssectypes.DSDigest.SHA256)
+    return Signed(text + "\n", f"{origin}. DS {anchor.to_text()}")
+
+
+class Unbound:
+    """unbound with the given zones on a port of loopback."""
+
+    def __init__(self, directory: Path, zones: dict[str, Signed | str]) -> None:
+        self.port = free_port()
+        config = [f"""
+server:
+  directory: "{directory}"
+  chroot: ""
+  username: ""
+  pidfile: ""
+  interface: 127.0.0.1@{self.port}
+  do-daemonize: no
+  use-syslog: no
+  logfile: "unbound.log"
+  do-not-query-localhost: no
+  module-config: "validator iterator"
+  trust-anchor-signaling: no
+  root-key-sentinel: no
+"""]
+        for origin, zone in zones.items():
+            text = zone if isinstance(zone, str) else zone.text
+            (directory / f"{origin}.zone").write_text(text)
+            if isinstance(zone, Signed):
+                config[0] += f'  trust-anchor: "{zone.anchor}"\n'
+            config.append(f'auth-zone:\n  name: "{origin}."\n  zonefile: "{directory}/{origin}.zone"\n  for-downstream: no\n  for-upstream: yes\n')
+        (directory / "unbound.conf").write_text("".join(config) + "remote-control:\n  control-enable: no\n")
+        self.process = subprocess.Popen([program("unbound"), "-d", "-c", str(directory / "unbound.conf")])
+        self.resolver = Resolver([self.address], timeout_s=3.0, cache_size=0)
+        until(lambda: self.resolver.look_up("secure.example", "SOA").status is Status.FOUND, "answer of unbound")
+
+    @property
+    def address(self) -> str:
+        """As [dns] servers takes it."""
+        return f"127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        """Ends it."""
+        self.process.terminate()
+        self.process.wait(DEADLINE_S)
+
+
+# --- Postfix ----------------------------------------------------------------------------------------------------------
+
+
+class Postfix:
+    """Postfix at three addresses: a right certificate, one for another name, none. It takes mail for every domain given."""
+
+    def __init__(self, directory: Path, port: int, right: Issued, wrong: Issued, domains: list[str]) -> None:
+        self.directory = directory
+        self.mail = directory / "mail"
+        nobody, owner = pwd.getpwnam("nobody"), pwd.getpwnam("postfix")
+        config = directory / "conf"
+        for path, uid in ((config, 0), (directory / "queue", 0), (directory / "data", owner.pw_uid), (self.mail, nobody.pw_uid)):
+            path.mkdir(parents=True)
+            os.chown(path, uid, -1)
+        daemons = subprocess.run([program("postconf"), "-h", "daemon_directory"], capture_output=True, text=True, check=True).stdout.strip()
+        (config / "main.cf").write_text(f"""
+compatibility_level = 3.6
+queue_directory = {directory}/queue
+data_directory = {directory}/data
+daemon_directory = {daemons}
+mail_owner = postfix
+setgid_group = postdrop
+myhostname = postfix.example
+mydestination =
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+alias_maps =
+alias_database =
+virtual_mailbox_domains = inline:{{{", ".join(f"{domain}=x" for domain in domains)}}}
+virtual_mailbox_base = {self.mail}
+virtual_mailbox_maps = static:inbox/
+virtual_uid_maps = static:{nobody.pw_uid}
+virtual_gid_maps = static:{nobody.pw_gid}
+smtpd_peername_lookup = no
+smtpd_tls_security_level = may
+smtpd_tls_loglevel = 1
+smtpd_tls_received_header = yes
+smtpd_client_connection_count_limit = 0
+maillog_file = {directory}/log
+maillog_file_prefixes = {directory}
+""")
+        services = [f"{RIGHT}:{port} inet n - n - - smtpd -o smtpd_tls_chain_files={right[1]},{right[0]}",
+                    f"{WRONG}:{port} inet n - n - - smtpd -o smtpd_tls_chain_files={wrong[1]},{wrong[0]}",
+                    f"{CLEAR}:{port} inet n - n - - smtpd -o smtpd_tls_security_level=none",
+                    "cleanup unix n - n - 0 cleanup", "qmgr unix n - n 300 1 qmgr", "tlsmgr unix - - n 1000? 1 tlsmgr",
+                    "rewrite unix - - n - - trivial-rewrite", "bounce unix - - n - 0 bounce", "defer unix - - n - 0 bounce",
+                    "trace unix - - n - 0 bounce", "verify unix - - n - 1 verify", "flush unix n - n 1000? 0 flush",
+                    "proxymap unix - - n - - proxymap", "error unix - - n - - error", "retry unix - - n - - error",
+                    "virtual unix - n n - - virtual", "anvil unix - - n - 1 anvil", "postlog unix-dgram n - n - 1 postlogd"]
+        (config / "master.cf").write_text("\n".join(services) + "\n")
+        subprocess.run([program("postfix"), "-c", str(config), "check"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen([f"{daemons}/master", "-c", str(config), "-d"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until(lambda: answers(RIGHT, port) and answers(CLEAR, port), "banner of Postfix")
+
+    def messages(self) -> list[bytes]:
+        """What was delivered."""
+        new = self.mail / "inbox/new"
+        return [path.read_bytes() for path in sorted(new.iterdir())] if new.is_dir() else []
+
+    def got(self, subject: str) -> list[bytes]:
+        """The delivered messages of that subject."""
+        return [message for message in self.messages() if f"\nSubject: {subject}\n".encode() in message]
+
+    def close(self) -> None:
+        """Ends it."""
+        self.process.terminate()
+        self.process.wait(DEADLINE_S)
+
+
+# --- policy files -----------------------------------------------------------------------------------------------------
+
+
+class Web:
+    """The policy hosts of the domains in STS, over HTTPS."""
+
+    def __init__(self, issued: Issued) -> None:
+        self.asked: list[str] = []
+        web = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                host = self.headers["Host"]
+                web.asked.append(host)
+                mode = STS.get(host.split(".")[1].removeprefix("to-"))
+                if mode is None or self.path != "/.well-known/mta-sts.txt":
+                    self.send_error(404)
+                    return
+                body = FILE.format(mode).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "text/plain")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer((WEB, 0), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*issued)
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True, do_handshake_on_connect=False)
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.server.server_address[1])
+
+    def close(self) -> None:
+        """Ends it."""
+        self.server.shutdown()
+        self.server.server_close()
+
+
+# --- the world --------------------------------------------------------------------------------------------------------
+
+
+class World:
+    """All of it, and a gmta that sends there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        for name in ("dns", "gmta"):
+            (directory / name).mkdir()
+        authority = Authority(directory)
+        self.port = free_port()
+        right = authority.issue("right.secure.example", "enforced.sts.example")
+        wrong = authority.issue("somebody.example")
+        self.web = Web(authority.issue(*(f"mta-sts.to-{name}.sts.example" for name in STS)))
+        self.unbound = Unbound(directory / "dns", self._zones(right))
+        domains = [f"{name}.secure.example" for name in SECURE] + [f"{name}.sts.example" for name in STS] + ["plain.example", "noteven.example"]
+        self.postfix = Postfix(directory / "postfix", self.port, right, wrong, [f"to-{domain}" for domain in domains])
+        self.gmta = Gmta(directory / "gmta")
+        self.gmta.serve(f"""
+[gmta]
+hostname = mx.example.test
+workers = 1
+log_file = gmta.log
+[listener:mx]
+address = 127.0.0.1:{self.gmta.port}
+[domains]
+local = example.test
+relay_from = 127.0.0.0/8
+[plugins]
+enable = mailboxes, access
+[plugin:mailboxes]
+accept = any
+[transport:mailbox]
+type = maildir
+path = var/mail/{{domain}}/{{local}}
+[transport:outbound]
+type = relay
+port = {self.port}
+allow_loopback = yes
+ca_file = {authority.file}
+sts_port = {self.web.port}
+[route]
+local = mailbox
+* = outbound
+[dns]
+servers = {self.unbound.address}
+probe_signed = secure.example
+probe_bogus = bogus.example
+[tlsrpt]
+send = yes
+""")
+
+    def _zones(self, right: Issued) -> dict[str, Signed | str]:
+        port = self.port
+        good = "TLSA {} {} {} {}".format(*right.tlsa())
+        bad = "TLSA 3 1 1 " + "ab" * 32
+        secure = f"""
+to-right MX 10 right
+right A {RIGHT}
+_{port}._tcp.right {good}
+to-wrong MX 10 wrong
+wrong A {WRONG}
+_{port}._tcp.wrong {bad}
+to-dark MX 10 dark
+dark A {RIGHT}
+_{port}._tcp.dark {good}
+to-cleartext MX 10 cleartext
+cleartext A {CLEAR}
+_{port}._tcp.cleartext {bad}
+to-none MX 10 none
+none A {WRONG}
+"""
+        plain = f"""$TTL 60
+@ SOA ns.plain.example. x.plain.example. 1 3600 600 86400 60
+@ NS ns
+ns A 127.0.0.1
+mx A {WRONG}
+_{port}._tcp.mx {bad}
+"""
+        names = "".join(f"""
+to-{name}.sts MX 10 {name}.sts
+{name}.sts A {RIGHT if name == "enforced" else WRONG}
+_mta-sts.to-{name}.sts TXT "v=STSv1; id=1"
+_smtp._tls.to-{name}.sts TXT "v=TLSRPTv1; rua=mailto:tls@to-{name}.sts.example"
+mta-sts.to-{name}.sts A {WEB}
+""" for name in STS)
+        sts = f"""$TTL 60
+@ SOA ns.example. x.example. 1 3600 600 86400 60
+@ NS ns
+ns A 127.0.0.1
+to-plain MX 10 mx.plain
+to-noteven MX 10 noteven
+noteven A {CLEAR}
+{names}
+"""
+        return {"secure.example": sign("secure.example", secure, spoil=f"_{port}._tcp.dark.secure.example"),
+                "bogus.example": sign("bogus.example", "@ A 192.0.2.1\n", honest=False), "plain.example": plain, "example": sts}
+
+    def send(self, subject: str, *to: str, lines: int = 3) -> str:
+        """Hands a message in; returns its queue id."""
+        with smtplib.SMTP("127.0.0.1", self.gmta.port) as client:
+            client.ehlo("client.example.test")
+            client.mail("sender@example.test")
+            for recipient in to:
+                client.rcpt(recipient)
+            code, said = client.data(f"From: sender@example.test\r\nSubject: {subject}\r\n\r\n" + "..line\r\n" * lines)
+            assert code == 250, said
+        return said.decode().rpartition(" ")[2]
+
+    def outcome(self, queue_id: str) -> dict[str, Any]:
+        """The first outcome in the message's history."""
+        found: list[dict[str, Any]] = []
+
+        def settled() -> bool:
+            events = json.loads(self.gmta.command("trace", queue_id, "--json").stdout or b"[]")
+            found[:] = [event["data"] | {"kind": event["kind"]} for event in events if event["kind"] in ("delivered", "deferred", "failed")]
+            return bool(found)
+
+        until(settled, f"outcome of {queue_id}")
+        return found[0]
+
+    def log(self) -> str:
+        """gmta's log so far."""
+        return (self.gmta.directory / "gmta.log").read_text()
+
+    def close(self) -> None:
+        """Ends everything."""
+        self.gmta.stop()
+        self.postfix.close()
+        self.unbound.close()
+        self.web.close()
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with tempfile.TemporaryDirectory(prefix="gmta-") as folder:
+        directory = Path(folder)
+        directory.chmod(0o755)
+        made = World(directory)
+        yield made
+        made.close()
+
+
+def test_unbound_is_what_the_tests_need(world: World) -> None:
+    look_up = world.unbound.resolver.look_up
+    assert look_up("right.secure.example", "A").secure and look_up("to-right.secure.example", "MX").secure
+    assert look_up("nothing.secure.example", "A").secure and not look_up("mx.plain.example", "A").secure
+    assert look_up("bogus.example", "A").status is Status.TEMPORARY
+    assert look_up(f"_{world.port}._tcp.dark.secure.example", "TLSA").status is Status.TEMPORARY
+
+
+@pytest.mark.parametrize(("domain", "kind", "tls", "says"), [
+    ("right.secure.example", "delivered", "verified:dane-ee", ""), ("wrong.secure.example", "deferred", "", "none of those in TLSA"),
+    ("dark.secure.example", "deferred", "", "TLSA"), ("cleartext.secure.example", "deferred", "", "offers no TLS"),
+    ("none.secure.example", "delivered", "unverified", ""), ("plain.example", "delivered", "unverified", ""), ("noteven.example", "delivered", "", ""),
+    ("enforced.sts.example", "delivered", "verified:mta-sts", ""), ("broken.sts.example", "deferred", "", "not for broken.sts.example"),
+    ("trial.sts.example", "delivered", "unverified", ""), ("unserved.sts.example", "delivered", "unverified", "")])
+def test_what_comes_to_postfix_and_how(world: World, domain: str, kind: str, tls: str, says: str) -> None:
+    outcome = world.outcome(world.send(domain, f"user@to-{domain}"))
+    assert outcome["kind"] == kind and says in outcome["reply"]
+    assert outcome.get("tls", "").rpartition(" ")[2] == tls
+    if kind == "deferred":
+        assert not world.postfix.got(domain)
+        return
+    until(lambda: len(world.postfix.got(domain)) == 1, "message in Postfix's Maildir")
+    (message,) = world.postfix.got(domain)
+    assert message.endswith(b"\n\n" + b"..line\n" * 3)
+    assert (b"using TLSv1." in message.partition(b"\n\n")[0]) == bool(tls)
+
+
+def test_self_test_and_reports(world: World) -> None:
+    for name in ("enforced", "broken", "trial", "unserved"):
+        world.send("counted", f"user@to-{name}.sts.example")  # one that is not tried again so soon was counted before
+
+    def counted() -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        with sqlite3.connect(world.gmta.directory / "var/state.db") as database:
+            rows = database.execute("SELECT key, value FROM state WHERE key LIKE 'tlsrpt%'").fetchall()
+        database.close()
+        facts = {key.rpartition(":")[2]: json.loads(value) for key, value in rows if key.startswith("tlsrpt-facts:")}
+        for key, _ in rows:
+            if key.startswith("tlsrpt:"):
+                _, _, domain, fact = key.split(":")
+                found.setdefault(domain.removeprefix("to-").removesuffix(".sts.example"), set()).add(
+                    f"{facts[fact]['policy']['policy-type']} {facts[fact]['result']}".strip())
+        return found
+
+    wanted = {"enforced": {"sts"}, "broken": {"sts certificate-host-mismatch"}, "trial": {"sts certificate-host-mismatch"},
+              "unserved": {"sts sts-policy-fetch-error", "no-policy-found"}}
+    until(lambda: counted() == wanted, f"counters {wanted}")
+    assert "dnssec validation works" in world.log() and "verified:mta-sts" in world.log()
+
+
+def test_many_messages_over_few_connections(world: World) -> None:
+    before = (world.postfix.directory / "log").read_text().count(" connect from ")
+    for number in range(30):
+        world.send(f"many {number % 3}", "user@to-none.secure.example", lines=1 if number % 3 else 20_000)
+    until(lambda: sum(len(world.postfix.got(f"many {number}")) for number in range(3)) == 30, "30 messages")
+    assert all(message.endswith(b"\n\n" + b"..line\n" * 20_000) for message in world.postfix.got("many 0"))
+    connections = (world.postfix.directory / "log").read_text().count(" connect from ") - before
+    assert connections < 25, "connections are kept for the next message"
