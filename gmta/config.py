@@ -441,15 +441,12 @@ class Gmta(CoreSection):
     include: list[str] = Field([], description="files read as well, such as conf.d/*.ini")
 
 
-def _absent(default: Any) -> Any:
-    """Refuses another value than the default of a key whose work is not there yet: taken and ignored it would mislead."""
-
-    def check(value: Any) -> Any:
-        if value != default:
-            raise ValueError(f"{'no' if default is False else default} (nothing else is available in this version)")
-        return value
-
-    return AfterValidator(check)
+def _banner_delay(value: Any) -> Any:
+    """0 for off, else seconds."""
+    seconds = 0.0 if value in ("off", "no", "0") else _duration(value)
+    if seconds and not 1 <= seconds <= 6:
+        raise ValueError("off, or a time from 1s to 6s")
+    return seconds
 
 
 class Listener(CoreSection):
@@ -457,11 +454,17 @@ class Listener(CoreSection):
 
     addresses: list[HostPort] = Field(alias="address", min_length=1)
     role: Literal["mx", "submission"] = "mx"
-    tls: Literal["starttls", "implicit", "off"] = "starttls"
+    tls: Literal["starttls", "required", "implicit", "off"] = Field("starttls", description="required: STARTTLS before MAIL")
     auth_required: bool | None = Field(None, description="default: yes for submission")
     bare_newline: Literal["reject", "normalize"] = Field("reject", description="what a bare LF does: it ends the session, or a line")
-    proxy_protocol: Annotated[bool, _absent(False)] = False
+    proxy_protocol: bool = Field(False, description="every connection begins with a PROXY header (v1 or v2)")
+    proxy_from: list[Network] = Field(["127.0.0.0/8", "::1/128"], description="whose PROXY headers are believed; others are turned away")  # type: ignore[list-item]
+    xclient_from: list[Network] = Field([], description="networks that may say XCLIENT and XFORWARD")
+    banner_delay: Annotated[float, BeforeValidator(_banner_delay)] = Field("off", description="off, or 1s to 6s: who talks before the banner is turned away")  # type: ignore[assignment]
+    client_ca: ExistingFile = Field("", description="PEM: clients are asked for a certificate of these authorities")
+    client_names: list[str] = Field([], description="names of such certificates whose clients may relay; *: any")
     reverse_lookup: bool = Field(False, description="find the client's name before the banner")
+    allow_plain_on_loopback: bool = Field(False, description="take passwords without TLS from this machine")
     vrfy: Literal["no", "trusted", "yes"] = Field("no", description="who is told whether an address is taken")
     expn: Literal["no", "trusted", "yes"] = Field("no", description="who is told what an alias stands for")
 
@@ -607,7 +610,7 @@ class TlsReports(CoreSection):
     """[tlsrpt]: daily reports about TLS with others (RFC 8460)"""
 
     send: bool = Field(False, description="send reports to domains that ask for them")
-    sender: str = Field("", description="From of the reports; default: postmaster at [gmta] hostname")
+    sender: Annotated[str, AfterValidator(_mailbox)] = Field("", description="From of the reports; default: postmaster at [gmta] hostname")
     organization: str = Field("", description="who reports; default: [gmta] hostname")
 
 
@@ -692,6 +695,7 @@ class Config:
             if name not in _CORE and name not in _TABLES:
                 errors += self._named(section)
         errors += self._routes(sections.get("route"))
+        errors += self._listeners(sections)
         self.tls_policy, wrong = _tls_policy(sections.get("tls_policy"))
         errors += wrong
         if errors:
@@ -750,6 +754,13 @@ class Config:
         except ConfigError as error:
             return error.errors
         return []
+
+    def _listeners(self, sections: dict[str, Section]) -> list[str]:
+        """What can't be served: TLS that must be, without a certificate."""
+        if not isinstance(getattr(self, "tls", None), Tls) or self.tls.certificate:
+            return []
+        return [f"{sections[f'listener:{name}'].where('tls')}: expected a certificate in [tls], since nobody could talk to this listener without one"
+                for name, listener in self.listeners.items() if listener.tls in ("implicit", "required")]
 
     def _routes(self, section: Section | None) -> list[str]:
         """Checks [route], or makes one: local = the first maildir transport, * = the first relay."""

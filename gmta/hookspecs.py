@@ -28,6 +28,7 @@ from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import Message
 from gmta.mail.session import Recipient, Session, Transaction
 from gmta.mail.verdict import Outcome, Verdict
+from gmta.smtp.sasl import ScramVerifier
 
 if TYPE_CHECKING:
     from gmta.config import Config
@@ -50,12 +51,18 @@ class PluginConfig(BaseModel):
 
 @dataclass(slots=True)
 class Credentials:
-    """What a client offers to permit_auth: mechanism ("PLAIN", "LOGIN"), user name, secret; authzid or ""."""
+    """What a client offers to permit_auth.
+
+    mechanism: "PLAIN", "LOGIN"; "OAUTHBEARER", "XOAUTH2": secret is the token, and user may be empty; "SCRAM-SHA-256",
+    "SCRAM-SHA-256-PLUS": secret is empty, and who knows the user puts its `verifier` here and accepts.
+    user: a plugin may write it as it is to be known.  authzid: "" or the user.
+    """
 
     mechanism: str
     user: str
     secret: str
     authzid: str = ""
+    verifier: ScramVerifier | None = None
 
     def __repr__(self) -> str:
         return f"Credentials({self.mechanism}, {self.user!r})"  # the secret stays out of logs and tracebacks
@@ -136,6 +143,14 @@ class HookSpecs:
 
         credentials: mechanism, user, secret.  accept(): the session's user is credentials.user.  None: the user is not
         known here.  Nobody answers: 535 5.7.8.  Failure: 454 4.7.0.
+        """
+
+    @hookspec
+    def get_auth_mechanisms(self, session: Session) -> Sequence[str] | None:
+        """At EHLO: the SASL mechanisms that this plugin's permit_auth serves, of those that gmta knows.
+
+        SCRAM-SHA-256 (and -PLUS with it), OAUTHBEARER, XOAUTH2, PLAIN, LOGIN. A plugin with permit_auth and without this hook
+        serves PLAIN and LOGIN.  Failure: dropped.
         """
 
     @hookspec

@@ -432,7 +432,7 @@ class PluginManager:
         if hook == "permit_rcpt":
             return self._judge_permit_rcpt
         named = {"get_size_limit": _judge_size, "get_headers": _judge_fields, "get_signatures": _judge_fields,
-                 "get_transports": _judge_transports, "get_route": self._judge_route}
+                 "get_transports": _judge_transports, "get_route": self._judge_route, "get_auth_mechanisms": _judge_names}
         kinds = {"check": _judge_check, "permit": _judge_permit, "edit": _judge_message, "on": _judge_nothing}
         return named.get(hook) or kinds[hook.partition("_")[0]]
 
@@ -578,6 +578,11 @@ def _judge_fields(value: Any) -> str | None:
 def _judge_transports(value: Any) -> str | None:
     good = isinstance(value, dict) and all(isinstance(kind, str) and callable(made) for kind, made in value.items())
     return None if good else f"expected {{type: Transport class}}, not {_shown(value)}"
+
+
+def _judge_names(value: Any) -> str | None:
+    good = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+    return None if good else f"expected a list of names, not {_shown(value)}"
 
 
 def _judge_message(value: Any) -> str | None:

@@ -8,6 +8,7 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import ipaddress  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
@@ -22,6 +23,7 @@ from gevent.event import Event as Flag  # noqa: E402
 
 from gmta.config import EX_CONFIG, Config, ConfigError  # noqa: E402
 from gmta.deliver.scheduler import Scheduler  # noqa: E402
+from gmta.mail.reply import NO_PROXY  # noqa: E402
 from gmta.mail.session import Session  # noqa: E402
 from gmta.plugins import PluginManager  # noqa: E402
 from gmta.queue import maildrop  # noqa: E402
@@ -31,13 +33,15 @@ from gmta.receive.connection import Connection  # noqa: E402
 from gmta.receive.limits import ConnectionLimits  # noqa: E402
 from gmta.receive.pickup import Pickup  # noqa: E402
 from gmta.receive.pipeline import Pipeline  # noqa: E402
+from gmta.receive.proxy import read_header, turn_away  # noqa: E402
 from gmta.services import Services  # noqa: E402
 from gmta.services.dns import Resolver  # noqa: E402
 from gmta.services.log import Log  # noqa: E402
 from gmta.services.metrics import Metrics  # noqa: E402
-from gmta.services.tls import TlsError, server_context  # noqa: E402
+from gmta.services.tls import ServerTls, TlsError  # noqa: E402
 
 DRAIN_S = 30.0
+PROXY_S = 10.0  # a proxy has its header ready
 GRACE_S = 2.0  # sessions under way when the worker is to leave may begin messages for so long
 
 
@@ -66,7 +70,8 @@ class Worker:
         self._serial = 0
         tls = config.tls
         names = {name: (other.certificate, other.key) for name, other in config.tls_names.items()}
-        self._tls = server_context(tls.certificate, tls.key or None, tls.minimum_version, names) if tls.certificate else None
+        self._tls = {listener.client_ca: ServerTls(tls.certificate, tls.key or None, tls.minimum_version, names, listener.client_ca, self.log)
+                     for listener in config.listeners.values()} if tls.certificate else {}
 
     def run(self, beat: int, life: int) -> None:
         """Serves until SIGTERM or until the supervisor is gone. beat: pipe to write to; life: pipe that ends with the supervisor."""
@@ -164,11 +169,24 @@ class Worker:
         ip = peer[0].partition("%")[0]
         if ip.startswith("::ffff:") and "." in ip:
             ip = ip[7:]
+        port, local_ip, local_port = peer[1], "", 0
+        if listener.proxy_protocol:
+            try:
+                if not self._is_proxy(ip, listener):
+                    raise ValueError("not in proxy_from")
+                client = read_header(accepted, PROXY_S)
+            except (ValueError, OSError) as error:
+                self.log.warning("no client behind a proxy", listener=name, ip=ip, reason=str(error) or type(error).__name__)
+                turn_away(accepted, NO_PROXY.wire())
+                return
+            if client is not None:
+                ip, port, local_ip, local_port = client
         admitted = self.limits.open(ip)
         self._serial += 1
-        session = Session(f"{os.getpid():x}-{self._serial:x}", role=listener.role, listener=name, peer_ip=ip, peer_port=peer[1],
+        session = Session(f"{os.getpid():x}-{self._serial:x}", role=listener.role, listener=name, peer_ip=ip, peer_port=port, local_ip=local_ip, local_port=local_port,
                           relay_network=self.limits.is_relay_network(ip), opened_at=self.services.clock())
-        connection = Connection(accepted, session, listener, self.pipeline, self._tls if listener.tls != "off" else None, self.limits)
+        tls = self._tls.get(listener.client_ca) if listener.tls != "off" else None
+        connection = Connection(accepted, session, listener, self.pipeline, tls, self.limits)
         self._connections.add(connection)
         try:
             reason = connection.run(admitted)
@@ -179,6 +197,13 @@ class Worker:
         finally:
             self._connections.discard(connection)
             self.limits.close(ip, admitted)
+
+
+    @staticmethod
+    def _is_proxy(ip: str, listener: Any) -> bool:
+        """Whether what is said there about clients is believed."""
+        address = ipaddress.ip_address(ip)
+        return any(address in network for network in listener.proxy_from)
 
 
 def main() -> int:

@@ -15,16 +15,20 @@ if TYPE_CHECKING:
 
 
 class TlsInfo:
-    """Facts of a TLS session: version ("TLSv1.3"), cipher name, key bits, server_name (SNI), verified client name."""
+    """Facts of a TLS session: version ("TLSv1.3"), cipher name, key bits, server_name (SNI), verified client name.
 
-    __slots__ = ("bits", "cipher", "client_name", "server_name", "version")
+    end_point: the channel's tls-server-end-point data (RFC 5929 section 4), b"" where there is none.
+    """
 
-    def __init__(self, version: str, cipher: str, bits: int, server_name: str = "", client_name: str = "") -> None:
+    __slots__ = ("bits", "cipher", "client_name", "end_point", "server_name", "version")
+
+    def __init__(self, version: str, cipher: str, bits: int, server_name: str = "", client_name: str = "", end_point: bytes = b"") -> None:
         self.version = version
         self.cipher = cipher
         self.bits = bits
         self.server_name = server_name
         self.client_name = client_name
+        self.end_point = end_point
 
 
 class AuthResult:
@@ -122,13 +126,14 @@ class Transaction:
 
     id: the queue id that the message will have.  size: declared SIZE in octets or None.  body: "7BIT", "8BITMIME" or
     "BINARYMIME".  ret: "FULL", "HDRS" or "".  auth: the AUTH= parameter, None if absent.  tags: words for other plugins and for routing.
-    changes: what edit_message hooks did to the message, for its history.
+    requiretls: it must not leave without verified TLS (RFC 8689).  changes: what edit_message hooks did to the message, for its history.
     """
 
-    __slots__ = ("_changes", "_notes", "_tags", "auth", "auth_results", "body", "envid", "id", "message", "recipients", "ret", "sender", "size", "smtputf8")
+    __slots__ = ("_changes", "_notes", "_tags", "auth", "auth_results", "body", "envid", "id", "message", "recipients", "requiretls",
+                 "ret", "sender", "size", "smtputf8")
 
     def __init__(self, id: str, sender: Address, *, size: int | None = None, body: str = "7BIT", smtputf8: bool = False,
-                 ret: str = "", envid: str = "", auth: str | None = None) -> None:
+                 ret: str = "", envid: str = "", auth: str | None = None, requiretls: bool = False) -> None:
         self.id = id
         self.sender = sender
         self.size = size
@@ -137,6 +142,7 @@ class Transaction:
         self.ret = ret
         self.envid = envid
         self.auth = auth
+        self.requiretls = requiretls
         self.recipients: list[Recipient] = []
         self.auth_results: list[AuthResult] = []
         self.message: Message | None = None

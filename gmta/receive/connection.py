@@ -6,6 +6,7 @@ answered in one write (RFC 2920). Whatever goes wrong here ends this connection 
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from typing import Any
 
@@ -36,7 +37,7 @@ class Connection:
     """Serves one accepted socket until it is over."""
 
     __slots__ = ("_auth_failures", "_clock", "_cut", "_data_octets", "_data_since", "_deadlines", "_errors", "_heard_at", "_limits",
-                 "_listener", "_out", "_phase_ends", "_pipeline", "_reception", "_socket", "_tls", "_writing", "busy", "deadline", "session")
+                 "_listener", "_may_xclient", "_out", "_phase_ends", "_pipeline", "_reception", "_socket", "_tls", "_writing", "busy", "deadline", "session")
 
     def __init__(self, sock: Any, session: Session, listener: Any, pipeline: Pipeline, tls: Any, limits: ConnectionLimits) -> None:
         self._socket = sock
@@ -57,6 +58,7 @@ class Connection:
         self._cut: Reply | None = None  # why a deadline ended the connection
         self._heard_at = self._clock()
         self._out: list[bytes] = []
+        self._may_xclient = bool(listener.xclient_from) and _within(session.peer_ip, listener.xclient_from)
         self._reception = Reception(pipeline, session)
         self.busy = False
 
@@ -71,6 +73,10 @@ class Connection:
             if not admitted:
                 self._last_word(replies.TOO_MANY_CONNECTIONS)
                 return "refused"
+            if self._listener.banner_delay and self._talks_early():
+                reason = "pregreet"
+                self._last_word(replies.TALKS_EARLY)
+                return reason
             if self._listener.tls == "implicit":
                 self._handshake()
             opened = True
@@ -112,18 +118,31 @@ class Connection:
         extensions = Extensions(rcpt_max=pipeline.recipients)
         protocol = ServerProtocol(extensions, pipeline.hostname, require_auth=bool(self._listener.auth_required), bounds=pipeline.bounds,
                                   normalize=self._listener.bare_newline == "normalize")
+        protocol.require_tls = self._listener.tls == "required"
         protocol.tls = self.session.tls is not None
+        self._settle(protocol)
         return protocol
+
+    def _settle(self, protocol: ServerProtocol) -> None:
+        """What follows from who the client is: a certificate that may relay needs no password, and XCLIENT may have named a user."""
+        tls, names = self.session.tls, self._listener.client_names
+        if tls is not None and tls.client_name and names and ("*" in names or tls.client_name.lower() in map(str.lower, names)):
+            self.session.relay_network = True
+            protocol.require_auth = False
+        protocol.authenticated = self.session.user is not None
 
     def _offer(self, extensions: Extensions) -> None:
         """Sets what depends on how far the session has come: size limit, STARTTLS, AUTH (under TLS only: RFC 4954 section 4)."""
         clear = self.session.tls is None
-        auth = self._pipeline.plugins.has("permit_auth")
+        auth = self._pipeline.mechanisms.any
         extensions.size = self._pipeline.size_limit(self.session)
         extensions.starttls = clear and self._tls is not None
-        extensions.auth_needs_tls = auth
+        clear_auth = auth and clear and self._listener.allow_plain_on_loopback and _is_loopback(self.session.peer_ip)
+        extensions.auth_needs_tls = auth and not clear_auth
         extensions.etrn = self._pipeline.may_etrn(self.session.peer_ip)
-        extensions.auth = ("PLAIN", "LOGIN") if auth and not clear else ()
+        extensions.requiretls = not clear
+        extensions.xclient = self._may_xclient
+        extensions.auth = self._pipeline.mechanisms.of(self.session) if auth and (clear_auth or not clear) else ()
 
     def _talk(self, protocol: ServerProtocol) -> str:
         reception, out, limits = self._reception, self._out, self._pipeline.config.limits
@@ -147,14 +166,20 @@ class Connection:
                 reply, close = event.reply, event.close
             else:
                 reply, close = reception.answer(event), reception.closing
-            if type(event) is events.StartTls:
-                out.append(protocol.reply(reply))
-                self._flush()
-                self._handshake()
-                protocol.tls_started()
+            out.append(protocol.reply(reply))
+            if reply.code == 220:
+                if type(event) is events.StartTls:
+                    self._flush()
+                    self._handshake()
+                    protocol.tls_started()
+                elif (refusal := self._become(protocol)) is not None:
+                    out[-1] = refusal.wire()
+                    self._flush()
+                    self._linger()
+                    return "refused"
+                self._settle(protocol)
                 self._offer(protocol.extensions)
                 continue
-            out.append(protocol.reply(reply))
             if type(event) is events.BodyEnd:
                 self._data_since = 0.0  # the next message has a deadline of its own, pipelined or not
             if reply.code == 235:
@@ -181,6 +206,29 @@ class Connection:
             self._flush()
             gevent.sleep(limits.error_delay)
         return False
+
+    def _become(self, protocol: ServerProtocol) -> Reply | None:
+        """XCLIENT has made it another client's session, which begins anew: the refusal of check_connect, or None."""
+        session = self.session
+        session.relay_network = self._limits.is_relay_network(session.peer_ip)
+        protocol.require_auth = bool(self._listener.auth_required)
+        protocol.begin_anew()
+        return self._reception.connected()
+
+    def _talks_early(self) -> bool:
+        """Waits with the banner: whether the client, against RFC 5321 section 3.1, does not. Networks in relay_from need not wait."""
+        if self.session.relay_network or self._listener.tls == "implicit":  # a TLS client has to talk first
+            return False
+        self._socket.settimeout(self._listener.banner_delay)
+        try:
+            early = bool(self._socket.recv(1, socket.MSG_PEEK))
+        except TimeoutError:
+            return False
+        finally:
+            self._socket.settimeout(None)
+        if not early:
+            raise Hangup("lost")
+        return True
 
     def _receive(self, protocol: ServerProtocol, limits: Any) -> bytes:
         """The next octets within the deadline of the phase; raises Hangup.
@@ -282,3 +330,14 @@ class Connection:
             self._socket.close()
         except OSError:
             pass
+
+
+def _within(ip: str, networks: list[Any]) -> bool:
+    """Whether the address lies in one of the networks."""
+    address = ipaddress.ip_address(ip)
+    return any(address in network for network in networks)
+
+
+def _is_loopback(ip: str) -> bool:
+    """Whether nobody can listen between that address and us."""
+    return ip == "::1" or ip.startswith("127.")

@@ -15,7 +15,6 @@ from typing import Any
 
 import gevent
 
-from gmta.hookspecs import Credentials
 from gmta.mail import reply as replies
 from gmta.mail.address import NULL, Address, AddressError, domain_key, parse_path
 from gmta.mail.envelope import Envelope, RecipientState
@@ -27,11 +26,13 @@ from gmta.mail.verdict import Kind, Verdict, verdict_reply
 from gmta.plugins import PluginFailure
 from gmta.queue.admin import QueueAdmin
 from gmta.queue.store import Event, Store, StoreError, StoreFull
+from gmta.receive.authentication import Authentication, Mechanisms
 from gmta.services.files import NO_ROOM, start_writing_out, write_all
-from gmta.smtp import events, sasl
+from gmta.smtp import events
 from gmta.smtp.server import Bounds
 
 PIECE = 256 * 1024  # octets written to that file at a time
+UNKNOWN_IP = "0.0.0.0"  # of a client whose proxy does not know it: in no network
 MEMORY = 64 * 1024  # octets of a message kept in memory; past that it goes to a file
 
 
@@ -47,6 +48,7 @@ class Pipeline:
         self.ids = ids
         self.accept = accept
         self.hostname: str = services.hostname
+        self.mechanisms = Mechanisms(plugins)
         self.message_size: int = config.limits.message_size
         limits = config.limits
         self.bounds = Bounds(limits.command_line, limits.text_line, limits.header_size, limits.header_fields)
@@ -73,7 +75,7 @@ class Pipeline:
 class Reception:
     """One connection's dialogue above the protocol."""
 
-    __slots__ = ("_exchange", "_failure", "_file", "_held", "_path", "_pieces", "_refused", "_written", "closing", "pipeline", "session", "transaction")
+    __slots__ = ("_authentication", "_failure", "_file", "_forwarded", "_held", "_path", "_pieces", "_refused", "_written", "closing", "pipeline", "session", "transaction")
 
     def __init__(self, pipeline: Pipeline, session: Session) -> None:
         self.pipeline = pipeline
@@ -86,8 +88,9 @@ class Reception:
         self._file = -1
         self._path = ""
         self._refused = 0
-        self._exchange: tuple[str, sasl.Login] | None = None
+        self._authentication: Authentication | None = None
         self._failure: Reply | None = None
+        self._forwarded: dict[str, str] | None = None
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -133,7 +136,7 @@ class Reception:
         if not pipeline.store.has_room(pipeline.message_size):
             return self._tell("mail", replies.STORE_FULL)
         transaction = Transaction(pipeline.ids.new(), event.sender, size=event.size, body=event.body, smtputf8=event.smtputf8,
-                                  ret=event.ret, envid=event.envid, auth=event.auth)
+                                  ret=event.ret, envid=event.envid, auth=event.auth, requiretls=event.requiretls)
         if self.session.iprev is not None and not self.session.trusted:
             transaction.auth_results.append(self.session.iprev)
         self.transaction = transaction
@@ -175,37 +178,12 @@ class Reception:
 
     def _auth(self, event: events.Event) -> Reply:
         if isinstance(event, events.Auth):
-            mechanism, response, login = event.mechanism, event.initial, sasl.Login()
-            self._exchange = (mechanism, login)
-        else:
-            assert isinstance(event, events.AuthResponse) and self._exchange is not None
-            mechanism, login = self._exchange
-            response = event.data
-        try:
-            if mechanism == "PLAIN":
-                if response is None:
-                    return sasl.challenge(b"")
-                authorization, user, secret = sasl.plain(response)
-            else:
-                step = login.step(None) if isinstance(event, events.Auth) else None
-                step = login.step(response) if response is not None else step
-                if step is not None:
-                    return step
-                authorization, user, secret = "", login.user or "", login.secret or ""
-        except ValueError:
-            self._exchange = None
-            return self._tell("auth", replies.AUTH_SYNTAX)
-        self._exchange = None
-        if authorization not in ("", user):  # nobody speaks for somebody else
-            return self._tell("auth", replies.AUTH_FAILED)
-        verdict = self.pipeline.plugins.permit("permit_auth", self.session, Credentials(mechanism, user, secret, authorization))
-        if verdict is None:
-            return self._tell("auth", replies.AUTH_FAILED)
-        refusal = self._refusal("auth", verdict)
-        if refusal is not None:
-            return refusal
-        self.session.user = user
-        return replies.AUTH_OK
+            self._authentication = Authentication(self.pipeline, self.session, event.mechanism, self._tell, self._refusal)
+        assert self._authentication is not None
+        reply = self._authentication.answer(event)
+        if reply.code != 334:
+            self._authentication = None
+        return reply
 
     def _may(self, policy: str) -> bool:
         """Whether this client is told what the listener's key `policy` is about."""
@@ -272,6 +250,36 @@ class Reception:
             return Reply(251, "2.0.0", f"No messages are waiting for {key}")
         return Reply(253, "2.0.0", f"{count} messages for {key} are due now")
 
+    def _xclient(self, event: events.XClient) -> Reply:
+        """The session is another client's from now on: a proxy that may say so has told us (Postfix XCLIENT_README)."""
+        session, said = self.session, event.attributes
+        self.forget()
+        self.pipeline.services.log.info("xclient", session=session.id, by=session.peer_ip, **{name.lower(): said[name] for name in said})
+        if "ADDR" in said:
+            session.peer_ip = said["ADDR"] or UNKNOWN_IP
+            session.peer_name, session.iprev = "", None
+        if "NAME" in said:
+            session.peer_name = said["NAME"]
+        if said.get("PORT"):
+            session.peer_port = int(said["PORT"])
+        if "HELO" in said:
+            session.helo = said["HELO"]
+        if "PROTO" in said:
+            session.esmtp = said["PROTO"].upper() == "ESMTP"
+        if "LOGIN" in said:
+            session.user = said["LOGIN"] or None
+        if said.get("DESTADDR"):
+            session.local_ip = said["DESTADDR"]
+        if said.get("DESTPORT"):
+            session.local_port = int(said["DESTPORT"])
+        return Reply(220, None, f"{self.pipeline.hostname} ESMTP gmta")
+
+    def _xforward(self, event: events.XForward) -> Reply:
+        """What is known of a message's first client: for the log and the history, no rule looks at it."""
+        self._forwarded = (self._forwarded or {}) | {name.lower(): value for name, value in event.attributes.items() if value}
+        self.pipeline.services.log.info("xforward", session=self.session.id, **self._forwarded)
+        return replies.OK
+
     def _reset(self, event: events.Event) -> Reply:
         self.forget()
         return replies.RESET_OK
@@ -313,7 +321,8 @@ class Reception:
 
     def forget(self) -> None:
         """Drops the transaction with what it has spooled."""
-        self.transaction = None
+        if self.transaction is not None:
+            self.transaction = self._forwarded = None
         self._failure = None
         self._pieces = []
         self._written = self._held = 0
@@ -411,6 +420,10 @@ class Reception:
             facts["trusted"] = True
         if session.tls is not None:
             facts["tls"] = f"{session.tls.version} {session.tls.cipher}"
+        if transaction.requiretls:
+            facts["requiretls"] = True
+        if self._forwarded:
+            facts["forwarded"] = self._forwarded
         states = []
         once: dict[Any, Recipient] = {}
         for recipient in transaction.recipients:  # named twice, delivered once
@@ -477,5 +490,5 @@ _ANSWERS: dict[type, Callable[[Reception, Any], Reply]] = {
     events.BdatStart: Reception._data, events.BodyEnd: Reception._end, events.ChunkEnd: _same(replies.CHUNK_OK),
     events.Reset: Reception._reset, events.Quit: Reception._quit, events.Auth: Reception._auth, events.AuthResponse: Reception._auth,
     events.Vrfy: Reception._vrfy, events.Expn: Reception._expn, events.Etrn: Reception._etrn, events.Help: _same(replies.HELP),
-    events.Noop: _same(replies.OK), events.StartTls: _same(replies.READY_FOR_TLS),
+    events.XClient: Reception._xclient, events.XForward: Reception._xforward, events.Noop: _same(replies.OK), events.StartTls: _same(replies.READY_FOR_TLS),
 }

@@ -7,13 +7,23 @@ do not belong together raises TlsError with the file's name. RFC 3207, RFC 8314,
 
 from __future__ import annotations
 
+import os
 import ssl
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.x509 import load_pem_x509_certificate
 from gevent.ssl import SSLContext
 
 from gmta.mail.session import TlsInfo
 
+LOOK_S = 1.0  # how often files are looked at, when sessions begin
+# Mozilla's "intermediate", without the ones that need parameters for Diffie-Hellman; those of TLS 1.3 are OpenSSL's own
+CIPHERS = ("ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-RSA-AES256-GCM-SHA384:"
+           "ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305")
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
@@ -29,15 +39,63 @@ def minimum(version: str) -> ssl.TLSVersion:
         raise TlsError(f"minimum_version must be 1.2 or 1.3, not {version}") from None
 
 
-def server_context(certificate: str, key: str | None, minimum_version: str = "1.2",
-                   names: Mapping[str, tuple[str, str]] | None = None) -> ssl.SSLContext:
-    """A listener's context from PEM files; `key` may be in the certificate's file.
+class ServerContext(SSLContext):
+    """A listener's context with what of its certificate a channel can be bound to (RFC 5929 section 4), b"" for nothing."""
 
-    names: {server name: (certificate, key)} for other certificates by SNI (RFC 6066 section 3).
+    end_point = b""
+
+
+class ServerTls:
+    """A listener's certificates as their files are now: `wrap_socket` begins a session with them.
+
+    names: {server name: (certificate, key)} for other certificates by SNI (RFC 6066 section 3). client_ca: authorities of whose
+    certificates clients are asked for one. Files that change are read again; where that fails, the old ones stay and the log says so.
     """
-    context = _server_context(certificate, key, minimum_version)
+
+    def __init__(self, certificate: str, key: str | None, minimum_version: str = "1.2", names: Mapping[str, tuple[str, str]] | None = None,
+                 client_ca: str = "", log: Any = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._files = (certificate, key, minimum_version, names, client_ca)
+        self._log = log
+        self._clock = clock
+        self._looked_at = clock()
+        self._stamp = self._look()
+        self._context = server_context(*self._files)
+
+    def _look(self) -> tuple[Any, ...]:
+        """What tells whether the files are others than before."""
+        certificate, key, _, names, client_ca = self._files
+        paths = [certificate, key, client_ca, *(path for files in (names or {}).values() for path in files)]
+        return tuple((found.st_mtime_ns, found.st_size, found.st_ino) for found in map(os.stat, filter(None, paths)))
+
+    def wrap_socket(self, sock: Any, **how: Any) -> Any:
+        """A TLS socket on `sock`; the handshake is the caller's."""
+        now = self._clock()
+        if now - self._looked_at >= LOOK_S:
+            self._looked_at = now
+            self._refresh()
+        return self._context.wrap_socket(sock, **how)
+
+    def _refresh(self) -> None:
+        try:
+            stamp = self._look()
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
+            self._context = server_context(*self._files)
+        except (OSError, TlsError) as error:
+            if self._log is not None:
+                self._log.error("certificates can't be read again", error=str(error))
+        else:
+            if self._log is not None:
+                self._log.info("certificates read again", certificate=self._files[0])
+
+
+def server_context(certificate: str, key: str | None, minimum_version: str = "1.2",
+                   names: Mapping[str, tuple[str, str]] | None = None, client_ca: str = "") -> ssl.SSLContext:
+    """A listener's context from PEM files; `key` may be in the certificate's file. names, client_ca: see ServerTls."""
+    context = _server_context(certificate, key, minimum_version, client_ca)
     if names:
-        others = {name.lower(): _server_context(*files, minimum_version) for name, files in names.items()}
+        others = {name.lower(): _server_context(*files, minimum_version, client_ca) for name, files in names.items()}
 
         def choose(tls_object: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
             other = others.get(name.lower().rstrip(".")) if name else None
@@ -48,15 +106,36 @@ def server_context(certificate: str, key: str | None, minimum_version: str = "1.
     return context
 
 
-def _server_context(certificate: str, key: str | None, minimum_version: str) -> ssl.SSLContext:
-    context = SSLContext(ssl.PROTOCOL_TLS_SERVER)
+def _server_context(certificate: str, key: str | None, minimum_version: str, client_ca: str = "") -> ServerContext:
+    context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = minimum(minimum_version)
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
+    context.set_ciphers(CIPHERS)
     try:
         context.load_cert_chain(certificate, key or None)
-    except (OSError, ssl.SSLError) as error:
+        context.end_point = _end_point(certificate)
+    except (OSError, ssl.SSLError, ValueError) as error:
         raise TlsError(f"certificate {certificate} with key {key or certificate}: {error}") from error
+    if client_ca:
+        context.verify_mode = ssl.CERT_OPTIONAL
+        try:
+            context.load_verify_locations(client_ca)
+        except (OSError, ssl.SSLError) as error:
+            raise TlsError(f"client_ca {client_ca}: {error}") from error
     return context
+
+
+def _end_point(certificate: str) -> bytes:
+    """tls-server-end-point data (RFC 5929 section 4.1); b"" where the certificate's signature has no hash of its own (Ed25519)."""
+    with open(certificate, "rb") as file:
+        found = load_pem_x509_certificate(file.read())
+    try:
+        algorithm = found.signature_hash_algorithm
+    except UnsupportedAlgorithm:
+        return b""
+    if algorithm is None:
+        return b""
+    return found.fingerprint(SHA256() if algorithm.name in ("md5", "sha1") else algorithm)
 
 
 def client_context(verify: bool = False, *, match_name: bool = True, ca_file: str | None = None,
@@ -89,4 +168,15 @@ def client_context(verify: bool = False, *, match_name: bool = True, ca_file: st
 def tls_info(tls_socket: ssl.SSLSocket, server_name: str = "") -> TlsInfo:
     """The facts of an established session, for the Session and the Received field."""
     name, _, bits = tls_socket.cipher() or ("", "", 0)
-    return TlsInfo(tls_socket.version() or "", name, bits or 0, server_name)
+    context = getattr(tls_socket, "context", None)
+    if not isinstance(context, ServerContext):
+        return TlsInfo(tls_socket.version() or "", name, bits or 0, server_name)
+    client = _client_name(tls_socket.getpeercert() or {}) if context.verify_mode != ssl.CERT_NONE else ""
+    return TlsInfo(tls_socket.version() or "", name, bits or 0, server_name, client, context.end_point)
+
+
+def _client_name(certificate: Mapping[str, Any]) -> str:
+    """The name in a verified certificate: of a host, else of a mailbox, else the common name (RFC 6125 section 6.4.4)."""
+    names = dict(reversed(certificate.get("subjectAltName", ())))
+    subject = {kind: value for part in certificate.get("subject", ()) for kind, value in part}
+    return str(names.get("DNS") or names.get("email") or subject.get("commonName") or "")

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ipaddress
 import re
 
 from gmta.mail import reply as replies
 from gmta.mail.address import Address, AddressError, check_domain, parse_path
 from gmta.mail.reply import Reply
 from gmta.smtp.events import Auth, Hello, Mail, Rcpt
+
+XCLIENT = ("NAME", "ADDR", "PORT", "PROTO", "HELO", "LOGIN", "DESTADDR", "DESTPORT")
+XFORWARD = ("NAME", "ADDR", "PORT", "PROTO", "HELO", "IDENT", "SOURCE")
 
 _KEYWORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9\-]*\Z")
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*\Z")  # RFC 3461 section 4
@@ -91,7 +95,7 @@ def _parameters(text: str) -> list[tuple[str, str | None]]:
     return out
 
 
-def parse_mail(argument: str, *, size_limit: int, smtputf8: bool, dsn: bool, esmtp: bool) -> Mail:
+def parse_mail(argument: str, *, size_limit: int, smtputf8: bool, dsn: bool, esmtp: bool, requiretls: bool = False) -> Mail:
     """MAIL FROM:<path> parameters (RFC 5321 section 4.1.1.2)."""
     text = _split(argument, "FROM:")
     utf8 = False
@@ -107,6 +111,7 @@ def parse_mail(argument: str, *, size_limit: int, smtputf8: bool, dsn: bool, esm
     size: int | None = None
     body, ret, envid = "7BIT", "", ""
     auth: str | None = None
+    must_tls = False
     for keyword, value in _parameters(rest) if rest else ():
         if not esmtp:
             raise Refused(replies.UNKNOWN_PARAMETER)  # RFC 5321 section 4.1.1.11: parameters only after EHLO
@@ -133,11 +138,15 @@ def parse_mail(argument: str, *, size_limit: int, smtputf8: bool, dsn: bool, esm
             if not value:
                 raise _syntax("AUTH needs a value")
             auth = "" if value == "<>" else decode_xtext(value, "AUTH")  # RFC 4954 section 5
+        elif keyword == "REQUIRETLS" and requiretls:
+            if value is not None:
+                raise _syntax("REQUIRETLS takes no value")  # RFC 8689 section 2
+            must_tls = True
         elif keyword == "BODY":
             raise _syntax("BODY is 7BIT or 8BITMIME")
         else:
             raise Refused(replies.UNKNOWN_PARAMETER)
-    return Mail(sender, size, body, utf8, ret, envid, auth)
+    return Mail(sender, size, body, utf8, ret, envid, auth, must_tls)
 
 
 def parse_rcpt(argument: str, *, smtputf8: bool, smtputf8_offered: bool, dsn: bool, esmtp: bool) -> Rcpt:
@@ -193,6 +202,42 @@ def decode_base64(text: bytes) -> bytes:
         raise Refused(replies.AUTH_SYNTAX) from error
 
 
+def parse_attributes(argument: str, known: tuple[str, ...]) -> dict[str, str]:
+    """NAME=xtext … of XCLIENT or XFORWARD, as Postfix has them; a value that is not available becomes ""."""
+    found: dict[str, str] = {}
+    for word in argument.split():
+        name, equals, value = word.partition("=")
+        name = name.upper()
+        if not equals or name not in known or name in found:
+            raise _syntax(f"Attributes are {' '.join(known)}, each once")
+        text = decode_xtext(value, name)
+        if text.upper() in ("[UNAVAILABLE]", "[TEMPUNAVAIL]"):
+            text = ""
+        elif name in ("ADDR", "DESTADDR"):
+            text = _ip(text)
+        elif name in ("PORT", "DESTPORT") and not (text.isascii() and text.isdigit() and int(text) < 65536):
+            raise _syntax(f"{name} is a number")
+        elif name == "PROTO" and text.upper() not in ("SMTP", "ESMTP"):
+            raise _syntax("PROTO is SMTP or ESMTP")
+        elif len(text) > 255:
+            raise _syntax(f"{name} is too long")
+        found[name] = text
+    if not found:
+        raise Refused(replies.SYNTAX)
+    return found
+
+
+def _ip(text: str) -> str:
+    """An address as XCLIENT has it, IPv6 ones behind IPV6:."""
+    if text[:5].upper() == "IPV6:":
+        text = text[5:]
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise _syntax("Not an IP address") from None
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
 def parse_auth(argument: str, mechanisms: tuple[str, ...]) -> Auth:
     """AUTH mechanism [initial-response] (RFC 4954 section 4); "=" is the empty response."""
     words = argument.split()
@@ -208,5 +253,5 @@ def parse_auth(argument: str, mechanisms: tuple[str, ...]) -> Auth:
     return Auth(mechanism, decode_base64(words[1].encode("ascii", "replace")))
 
 
-__all__ = ["Address", "BadChunk", "Refused", "decode_base64", "decode_xtext", "encode_xtext", "parse_auth", "parse_bdat",
+__all__ = ["Address", "BadChunk", "Refused", "decode_base64", "decode_xtext", "encode_xtext", "parse_attributes", "parse_auth", "parse_bdat",
            "parse_hello", "parse_mail", "parse_rcpt"]

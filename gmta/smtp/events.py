@@ -20,7 +20,7 @@ class Hello(NamedTuple):
 
 
 class Mail(NamedTuple):
-    """MAIL FROM; size in octets or None; body 7BIT/8BITMIME/BINARYMIME; ret FULL/HDRS/""; auth decoded or None."""
+    """MAIL FROM; size in octets or None; body 7BIT/8BITMIME/BINARYMIME; ret FULL/HDRS/""; auth decoded or None; requiretls: RFC 8689."""
 
     sender: Address
     size: int | None
@@ -29,6 +29,7 @@ class Mail(NamedTuple):
     ret: str
     envid: str
     auth: str | None
+    requiretls: bool = False
 
 
 class Rcpt(NamedTuple):
@@ -90,6 +91,18 @@ class AuthResponse(NamedTuple):
     data: bytes
 
 
+class XClient(NamedTuple):
+    """XCLIENT from a client that may: {attribute: value}, "" where it is not available. Answer 220: the session begins anew."""
+
+    attributes: dict[str, str]
+
+
+class XForward(NamedTuple):
+    """XFORWARD from a client that may: {attribute: value} about the next transaction's first client."""
+
+    attributes: dict[str, str]
+
+
 class Vrfy(NamedTuple):
     """VRFY."""
 
@@ -126,4 +139,4 @@ class Fault(NamedTuple):
 
 
 Event = (Hello | Mail | Rcpt | Data | BdatStart | Body | BodyEnd | ChunkEnd | Reset | Quit | StartTls | Auth | AuthResponse
-         | Vrfy | Expn | Etrn | Help | Noop | Fault)
+         | XClient | XForward | Vrfy | Expn | Etrn | Help | Noop | Fault)

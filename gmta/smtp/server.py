@@ -16,9 +16,12 @@ from gmta.mail.message import split_header
 from gmta.mail.reply import Reply
 from gmta.smtp import events
 from gmta.smtp.commands import (
+    XCLIENT,
+    XFORWARD,
     BadChunk,
     Refused,
     decode_base64,
+    parse_attributes,
     parse_auth,
     parse_bdat,
     parse_hello,
@@ -61,7 +64,7 @@ class Extensions:
     """What EHLO offers. size: octets, 0 for no limit; auth: mechanisms in order, () for none."""
 
     __slots__ = ("auth", "auth_needs_tls", "chunking", "dsn", "eightbitmime", "enhancedstatuscodes", "etrn", "limits", "pipelining", "rcpt_max",
-                 "size", "smtputf8", "starttls")
+                 "requiretls", "size", "smtputf8", "starttls", "xclient")
 
     def __init__(self, *, size: int = 0, starttls: bool = False, auth: tuple[str, ...] = (), auth_needs_tls: bool = False,
                  pipelining: bool = True, eightbitmime: bool = True, smtputf8: bool = True, dsn: bool = True, chunking: bool = True,
@@ -79,6 +82,8 @@ class Extensions:
         self.limits = limits
         self.rcpt_max = rcpt_max
         self.etrn = False
+        self.requiretls = False
+        self.xclient = False
 
     def keywords(self) -> list[str]:
         """The EHLO lines behind the greeting (RFC 5321 section 4.1.1.1)."""
@@ -100,8 +105,12 @@ class Extensions:
             out.append("ETRN")  # RFC 1985 section 4
         if self.starttls:
             out.append("STARTTLS")
+        if self.requiretls:
+            out.append("REQUIRETLS")  # RFC 8689 section 2: under TLS only
         if self.auth:
             out.append("AUTH " + " ".join(self.auth))
+        if self.xclient:
+            out += (f"XCLIENT {' '.join(XCLIENT)}", f"XFORWARD {' '.join(XFORWARD)}")
         if self.limits:
             out.append(f"LIMITS RCPTMAX={self.rcpt_max}")  # RFC 9422 section 4
         return out
@@ -263,7 +272,8 @@ class ServerProtocol:
         if self.in_transaction:
             raise Refused(replies.NESTED_MAIL)
         offered = self.extensions
-        return parse_mail(argument, size_limit=offered.size, smtputf8=offered.smtputf8 and self.esmtp, dsn=offered.dsn, esmtp=self.esmtp)
+        return parse_mail(argument, size_limit=offered.size, smtputf8=offered.smtputf8 and self.esmtp, dsn=offered.dsn, esmtp=self.esmtp,
+                          requiretls=offered.requiretls)
 
     def _rcpt(self, argument: str) -> events.Event:
         self._ready()
@@ -350,6 +360,22 @@ class ServerProtocol:
         if not argument or " " in argument:
             raise Refused(replies.ETRN_BAD_NODE)
         return events.Etrn(argument)
+
+    def _xclient(self, argument: str) -> events.Event:
+        return events.XClient(self._attributes(argument, XCLIENT))
+
+    def _xforward(self, argument: str) -> events.Event:
+        if not self.greeted:
+            raise Refused(replies.HELO_FIRST)
+        return events.XForward(self._attributes(argument, XFORWARD))
+
+    def _attributes(self, argument: str, known: tuple[str, ...]) -> dict[str, str]:
+        """Those of XCLIENT or XFORWARD, outside transactions, from clients that may."""
+        if not self.extensions.xclient:
+            raise Refused(replies.UNRECOGNIZED)
+        if self.in_transaction:
+            raise Refused(replies.BAD_SEQUENCE)
+        return parse_attributes(argument, known)
 
     def _help(self, argument: str) -> events.Event:
         return events.Help(argument)
@@ -574,11 +600,15 @@ class ServerProtocol:
         self._buffer.clear()
         self._queue.clear()
         self.tls = True
+        self.begin_anew()
+        self._fresh = True
+
+    def begin_anew(self) -> None:
+        """The client has to greet again."""
         self.greeted = False
         self.esmtp = False
         self._end_transaction()
         self._state = State.COMMAND
-        self._fresh = True
 
 
 @lru_cache(maxsize=64)
@@ -591,5 +621,6 @@ _VERBS = {
     "EHLO": ServerProtocol._ehlo, "HELO": ServerProtocol._helo, "MAIL": ServerProtocol._mail, "RCPT": ServerProtocol._rcpt,
     "DATA": ServerProtocol._data_command, "BDAT": ServerProtocol._bdat, "RSET": ServerProtocol._rset, "QUIT": ServerProtocol._quit,
     "NOOP": ServerProtocol._noop, "VRFY": ServerProtocol._vrfy, "EXPN": ServerProtocol._expn, "ETRN": ServerProtocol._etrn, "HELP": ServerProtocol._help,
-    "STARTTLS": ServerProtocol._starttls, "AUTH": ServerProtocol._auth,
+    "STARTTLS": ServerProtocol._starttls, "AUTH": ServerProtocol._auth, "XCLIENT": ServerProtocol._xclient,
+    "XFORWARD": ServerProtocol._xforward,
 }

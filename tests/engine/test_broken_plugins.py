@@ -39,7 +39,7 @@ S: 221
 TOLD: dict[str, tuple[str, int] | None] = {
     "check_connect": ("", 451), "check_helo": ("C: EHLO", 451), "permit_auth": ("C: AUTH", 454), "check_mail": ("C: MAIL", 451),
     "permit_rcpt": ("C: RCPT", 451), "check_rcpt": ("C: RCPT", 451), "check_data": ("C: DATA", 451), "check_message": ("C: .", 451),
-    "edit_message": ("C: .", 451), "get_signatures": ("C: .", 451), "get_size_limit": None, "get_headers": None,
+    "edit_message": ("C: .", 451), "get_signatures": ("C: .", 451), "get_auth_mechanisms": None, "get_size_limit": None, "get_headers": None,
     "on_session_opened": None, "on_session_closed": None, "on_queued": None}
 ELSEWHERE = {"on_worker_started", "on_worker_stopping", "get_transports", "get_route", "on_refused", "on_delivery", "on_bounced"}
 

@@ -118,7 +118,7 @@ def test_without_routes_the_first_maildir_and_the_first_relay_serve(tmp_path: Pa
      "F:4: [limits] data_timeout: expected a time such as 30s, 5m, 4h or 5d, not '5x'"),
     ("[listener:mx]\nrole = mx\n", "F:1: [listener:mx] address: expected to be given"),
     ("[listener:mx]\naddress = 1.2.3.4:25\ntls = startls\n",
-     "F:3: [listener:mx] tls: expected one of 'starttls', 'implicit' or 'off', not 'startls' (did you mean starttls?)"),
+     "F:3: [listener:mx] tls: expected one of 'starttls', 'required', 'implicit' or 'off', not 'startls' (did you mean starttls?)"),
     ("[listener:mx]\naddress = ::1:25\n",
      "F:2: [listener:mx] address: expected an address such as 127.0.0.1:2525 or [::1]:2525, not '::1:25'"),
     ("[domains]\nrelay_from = 10.0.0.1/8\n",

@@ -311,7 +311,7 @@ def test_a_handshake_that_does_not_come(context: ssl.SSLContext) -> None:
 
 
 def test_implicit_tls(context: ssl.SSLContext) -> None:
-    server = MemoryServer(given="[listener:smtps]\naddress = 127.0.0.1:2465\ntls = implicit\n")
+    server = MemoryServer(given=f"[listener:smtps]\naddress = 127.0.0.1:2465\ntls = implicit\n[tls]\ncertificate = {__file__}\n")
     ours, theirs = pair()
     serving = gevent.spawn(server.connect(ours, "smtps", tls=context).run, True)
     client = client_context().wrap_socket(theirs, server_hostname="mx.example.test")
