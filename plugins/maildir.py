@@ -90,14 +90,14 @@ class TransportConfig(PluginConfig):
     @classmethod
     def _check_mode(cls, value: str) -> str:
         if re.fullmatch(r"0?[0-7]{3,4}", value) is None:
-            raise ValueError("expected octal digits such as 0700")
+            raise ValueError("octal digits such as 0700")
         return value
 
     @field_validator("quarantine_folder")
     @classmethod
     def _check_folder(cls, value: str) -> str:
         if value and (not value.startswith(".") or folder_name(value[1:]) != value):
-            raise ValueError("expected a Maildir++ folder such as .Junk or .Junk.Later")
+            raise ValueError("a Maildir++ folder such as .Junk or .Junk.Later")
         return value
 
 

@@ -88,7 +88,7 @@ class TransportConfig(PluginConfig):
     def _check_environment(cls, value: list[str]) -> list[str]:
         for one in value:
             if re.match(r"[A-Za-z_][A-Za-z0-9_]*=", one) is None:
-                raise ValueError("expected NAME=VALUE")
+                raise ValueError("NAME=VALUE")
         return value
 
 
