@@ -221,7 +221,7 @@ class TlsPolicies:
 
     def _tlsa(self, target: Target) -> tuple[str, tuple[dane.Tlsa, ...]] | None:
         """(the name that they stand at, usable TLSA records) of a host that has some; raises Unusable where that can't be said."""
-        if not target.secure or self._validation is None or not self._validation.proven():
+        if self._validation is None or not self._validation.proven() or not target.secure:
             return None  # RFC 7672 section 2.2.2: without a secure way to the host its records prove nothing
         for name in _distinct(target.canonical or target.name, target.name):
             answer = self._resolver.look_up(dane.record_name(name, target.port), "TLSA")
@@ -273,7 +273,8 @@ class Validation:
 
     def _fail(self, reason: str) -> None:
         self._verdict = False
-        self._log.warning("dane is off, the resolver does not validate", reason=reason)
+        tell = self._log.warning if self._resolver.validating else self._log.info  # the postmaster has said that it does
+        tell("dane is off, the resolver does not validate", reason=reason)
 
 
 def _distinct(*names: str) -> tuple[str, ...]:
