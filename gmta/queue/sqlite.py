@@ -29,8 +29,7 @@ from gmta.services.files import NO_ROOM, start_writing_out, sync_directory, sync
 from gmta.services.log import Log
 
 ROWS = 64  # rows a statement
-LINGER_S = 0.004  # a commit waits so long for company where the last one had FULL operations, less in proportion
-FULL = 8
+LINGER_S = 0.004  # a commit waits so long for company; reads do not
 BODY_LINGER_S = 0.005  # the same for large bodies, which take longer to come in
 MANY = 4  # bodies that are synced together with all else on their file system
 RESERVE = 8 * 1024 * 1024
@@ -114,7 +113,7 @@ class SqliteStore:
         sync_directory(os.path.dirname(os.path.abspath(directory)))
         self._primary = self._take()
         self._shards = [self._primary]
-        self._writer = Batch(self._run, max_items=512, linger_s=LINGER_S, full=FULL, name="queue")
+        self._writer = Batch(self._run, max_items=512, linger_s=LINGER_S, patient=_is_write, name="queue")
         self._files = Batch(_sync_bodies, max_items=32, linger_s=BODY_LINGER_S, name="spool")
         self._fill_reserve()
         _start_new_thread(self._sweep, (self._primary,))
@@ -719,6 +718,10 @@ class SqliteStore:
             shard.connection.execute(
                 "DELETE FROM event WHERE (message, n) IN (SELECT message, n FROM event WHERE message < ?1 "
                 "AND NOT EXISTS (SELECT 1 FROM message WHERE id = event.message) LIMIT ?2)", (before, PURGE))
+
+
+def _is_write(operation: Any) -> bool:
+    return isinstance(operation, _Put | Settlement)
 
 
 def _sync_bodies(items: list[tuple[FileBody, str]]) -> list[OSError | None]:

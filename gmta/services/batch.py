@@ -30,17 +30,16 @@ class BatchClosed(RuntimeError):
 class Batch:
     """One native thread that runs `run(items) -> results`, up to `max_items` a hop; belongs to the hub that made it.
 
-    linger_s: how long a batch waits for company where the last one had `full` items or more, less in proportion.
+    linger_s: how long a batch waits for company where its first item is `patient` (default: always).
     """
 
     def __init__(self, run: Callable[[list[Any]], list[Any]], *, max_items: int = 32, linger_s: float = 0.0,
-                 full: int = 1, name: str = "") -> None:
+                 patient: Callable[[Any], bool] = lambda item: True, name: str = "") -> None:
         self.name = name
         self._run = run
         self._max_items = max_items
         self._linger_s = linger_s
-        self._full = full
-        self._last = 0  # items in the last batch
+        self._patient = patient
         self._sleep = get_original("time", "sleep") if linger_s else _patched_sleep
         self._waiting: deque[tuple[Any, Any]] = deque()
         self._done: deque[tuple[list[tuple[Any, Any]], list[Any]]] = deque()
@@ -113,7 +112,6 @@ class Batch:
                 if self._linger_s:
                     self._linger()
                 pairs = [waiting.popleft() for _ in range(min(len(waiting), self._max_items))]
-                self._last = len(pairs)
                 results = self._results([item for item, _ in pairs])
                 self._told = False
                 self._done.append((pairs, results))
@@ -123,11 +121,10 @@ class Batch:
 
     def _linger(self) -> None:
         """Waits for company: a little while, and until those of the last batch have heard, who often come again."""
-        pause_s = self._linger_s * min(1.0, max(1, self._last) / self._full)
         for _ in range(LINGERS):
-            if len(self._waiting) >= self._max_items:
+            if len(self._waiting) >= self._max_items or not self._patient(self._waiting[0][0]):
                 return
-            self._sleep(pause_s)
+            self._sleep(self._linger_s)
             if self._told:
                 return
 
