@@ -16,6 +16,7 @@ import signal  # noqa: E402
 import socket  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
 import gevent  # noqa: E402
@@ -23,6 +24,7 @@ from gevent.event import Event as Flag  # noqa: E402
 
 from gmta.config import EX_CONFIG, Config, ConfigError  # noqa: E402
 from gmta.deliver.scheduler import Scheduler  # noqa: E402
+from gmta.mail.address import Address  # noqa: E402
 from gmta.mail.reply import NO_PROXY  # noqa: E402
 from gmta.mail.session import Session  # noqa: E402
 from gmta.plugins import PluginManager  # noqa: E402
@@ -198,6 +200,19 @@ class Worker:
             self._connections.discard(connection)
             self.limits.close(ip, admitted)
 
+    def submit(self, sender: Address, recipients: Sequence[Address], octets: bytes) -> None:
+        """Hands in a message that a plugin made (CRLF line ends), as a local program does; returns when it is safe. Raises OSError."""
+        drop, name = maildrop.Drop(sender, list(recipients)), self.ids.new()
+
+        def write() -> None:
+            file = maildrop.Sender(os.path.join(self.config.gmta.data_dir, maildrop.DIRECTORY), name, drop)
+            try:
+                file.write(octets)
+                file.commit()
+            finally:
+                file.abandon()
+
+        self.services.batch("submit").submit(write)
 
     @staticmethod
     def _is_proxy(ip: str, listener: Any) -> bool:
