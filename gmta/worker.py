@@ -168,10 +168,9 @@ class Worker:
             gevent.spawn(self._serve, accepted, peer, name, listener)
 
     def _serve(self, accepted: Any, peer: Any, name: str, listener: Any) -> None:
-        ip = peer[0].partition("%")[0]
-        if ip.startswith("::ffff:") and "." in ip:
-            ip = ip[7:]
-        port, local_ip, local_port = peer[1], "", 0
+        ip, port = _plain(peer[0]), peer[1]
+        local_ip, local_port = accepted.getsockname()[:2]
+        local_ip = _plain(local_ip)
         if listener.proxy_protocol:
             try:
                 if not self._is_proxy(ip, listener):
@@ -219,6 +218,12 @@ class Worker:
         """Whether what is said there about clients is believed."""
         address = ipaddress.ip_address(ip)
         return any(address in network for network in listener.proxy_from)
+
+
+def _plain(ip: str) -> str:
+    """An address without its zone; IPv4 that came to an IPv6 socket as IPv4."""
+    ip = ip.partition("%")[0]
+    return ip[7:] if ip.startswith("::ffff:") and "." in ip else ip
 
 
 def main() -> int:
