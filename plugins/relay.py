@@ -131,6 +131,9 @@ class Relay:
         """One message, over a kept connection where there is one, else to the first host that has a conversation with us."""
         outcomes: dict[int, gmta.Outcome] = {}
         client = self._pool.take(delivery.next_hop)
+        if client is not None and delivery.recipients[0].attempts and delivery.envelope.id in client.deferred:
+            client.quit()  # what was deferred is tried again in another session
+            client = None
         if client is not None:
             try:
                 return self._send(client, delivery)
@@ -192,6 +195,8 @@ class Relay:
             if failure.no_bdat and len(self._no_bdat) < MAX_REMEMBERED:
                 self._no_bdat.add(client.host)
             raise
+        if any(outcome.status is Status.DEFERRED for outcome in outcomes.values()):
+            client.deferred += (delivery.envelope.id,)
         self._pool.keep(delivery.next_hop, client)
         return outcomes
 

@@ -119,6 +119,7 @@ class SmtpClient:
         self._limits = Limits()
         self._poll: Any = None
         self.sent = 0  # transactions
+        self.deferred: tuple[str, ...] = ()  # queue ids of messages that it was not to have yet
         self.sender_deferred = False  # the last MAIL was answered by 4xx
         self.used_at = 0.0
         self.usable = False

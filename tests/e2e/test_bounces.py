@@ -206,6 +206,7 @@ def test_a_deferred_message_is_sent_again_as_it_was(gmta: Gmta, send: Send, remo
     send()
     until(lambda: len(remote.messages) >= 2, "second attempt")
     assert len(set(remote.messages)) == 1
+    assert [len(session.messages) for session in remote.sessions[:2]] == [1, 1]  # each attempt in a session of its own
     (message,) = queued(gmta)
     assert message["recipients"][0]["attempts"] >= 1 and message["recipients"][0]["next_attempt_at"] > message["received_at"]
     assert message["recipients"][0]["last_reply"] == "450 grey"
