@@ -4,7 +4,7 @@ Hook: permit_rcpt. Says nothing about domains that are not in `[domains] local`;
 
 Keys of `[plugin:mailboxes]`: `accept = listed|any` (any: every safe name in a local domain is a mailbox), `mailboxes`
 (comma- or blank-separated; a name without @ holds in every local domain), `mailboxes_file` (one a line, `#` comments),
-`aliases_file` (classic aliases syntax), `detail_separator = +`, `catch_all` (an address). The files are read again
+`aliases_file` (classic aliases syntax), `allow_include = no` (whether `:include:FILE` is read there), `detail_separator = +`, `catch_all` (an address). The files are read again
 within a second of a change; one that can't be read or parsed then leaves the former content in force and is logged,
 at the start it stops the start.
 
@@ -46,6 +46,7 @@ class Config(PluginConfig):
     mailboxes: list[str] = Field(default=[], description="names, with or without @domain")
     mailboxes_file: Path = ""
     aliases_file: Path = ""
+    allow_include: bool = Field(False, description="whether aliases may name files with further targets by :include:")
     detail_separator: str = "+"
     catch_all: str = ""
 
@@ -223,7 +224,7 @@ class Plugin:
             mailboxes = parse_mailboxes(path.read_text(encoding="utf-8"), path.name)
         if config.aliases_file:
             path = FilePath(config.aliases_file)
-            aliases = parse_aliases(path.read_text(encoding="utf-8"), path.name, path.parent)
+            aliases = parse_aliases(path.read_text(encoding="utf-8"), path.name, path.parent if config.allow_include else None)
         self._from_file, self._aliases = mailboxes, aliases
 
     def _refresh(self) -> None:

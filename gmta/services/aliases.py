@@ -34,7 +34,8 @@ def parse_aliases(text: str, source: str, directory: Path | None = None) -> dict
     """Alias name -> targets, of a file in classic aliases syntax; raises ValueError with the line.
 
     A line that starts with a blank continues the one before; `#` starts a comment line; a name or target may be
-    quoted; a name that stands twice has the targets of both. `:include:FILE` is a list of targets in a file.
+    quoted; a name that stands twice has the targets of both. `:include:FILE` is a list of targets in a file of
+    `directory`; without one it is refused.
     """
     logical: list[tuple[int, str]] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -82,7 +83,9 @@ def _targets(text: str, where: str, directory: Path | None, depth: int) -> list[
             if not whole.startswith(":include:"):
                 raise ValueError(f"{where}: {whole[:40]!r}: commands and files are no alias targets here;"
                                  " give the address a route to a transport instead")
-            if directory is None or depth >= MAX_INCLUDE_DEPTH:
+            if directory is None:
+                raise ValueError(f"{where}: :include: is read only where the configuration allows it (allow_include)")
+            if depth >= MAX_INCLUDE_DEPTH:
                 raise ValueError(f"{where}: :include: nests too deep")
             file = directory / whole[len(":include:"):].strip()
             for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):

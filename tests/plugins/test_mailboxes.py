@@ -204,6 +204,11 @@ def test_alias_syntax(tmp_path: Any) -> None:
     assert found == {"a": ["b", "c"], "with blank": ["d"], "e": ["carol@x.test", "dave@x.test", "erin@x.test"]}
 
 
+def test_include_needs_its_key() -> None:
+    with pytest.raises(ValueError, match="allow_include"):
+        parse_aliases("a: :include:list\n", "aliases")
+
+
 def test_include_of_itself_ends(tmp_path: Any) -> None:
     (tmp_path / "list").write_text(":include:list\n")
     with pytest.raises(ValueError, match="too deep"):
