@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gmta import accept, hookimpl, reject
 from gmta.deliver import bounce
 from gmta.deliver.bounce import Notice
 from gmta.mail.address import Address
@@ -18,6 +19,7 @@ from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import FileBody, Message
 from gmta.mail.reply import Reply
 from gmta.mail.verdict import Outcome, deferred, delivered, failed, outcome_of
+from gmta.testing import run
 
 ORIGINAL = Message.from_bytes(b"Subject: hello\r\nFrom: a@b.example\r\nMessage-ID: <1@b.example>\r\n\r\nthe body\r\n")
 NOW = 1_800_000_000.0
@@ -286,3 +288,46 @@ def test_the_reports_own_envelope() -> None:
     assert not born.sender and [str(r.address) for r in born.recipients] == ["a@b.example"] and not born.smtputf8
     assert born.recipients[0].notify == {"NEVER"}  # RFC 3461 section 6.1
     assert bounce.envelope_for(envelope, UTF8_SENDER, "0000000000000002", 10, 5.0).smtputf8
+
+
+# --- what intake notes for reports ----------------------------------------------------------------------------------
+
+
+class Choosy:
+    """A list with two members, and a check of content that one recipient has to himself."""
+
+    @hookimpl
+    def permit_rcpt(self, recipient: Any) -> Any:
+        if recipient.address.local == "list":
+            return accept(replace=[Address("one", "example.test"), Address("two", "example.test")])
+        return accept()
+
+    @hookimpl
+    def check_message(self, transaction: Any) -> Any:
+        return {recipient: reject("no such thing here", 554, "5.6.0") for recipient in transaction.recipients if recipient.address.local == "strict"}
+
+
+def queued(*rcpt: str, given: str = "") -> Envelope:
+    lines = "".join(f"C: RCPT TO:{one}\nS: 250\n" for one in rcpt)
+    played = run(Choosy(), f"S: 220\nC: EHLO c.example\nS: 250\nC: MAIL FROM:<a@b.example>\nS: 250\n{lines}C: DATA\nS: 354\nC: Subject: x\nC:\n"
+                 "C: body\nC: .\nS: 250\nC: QUIT\nS: 221", given=given, chunkings=["whole"])
+    return played.queued[0][0]
+
+
+def test_a_recipient_that_a_check_refuses_keeps_its_words() -> None:
+    easy, strict = queued("<easy@example.test>", "<strict@example.test>").recipients
+    assert (easy.refused, easy.transport) == ("", "")
+    assert (strict.refused, strict.transport) == ("554 5.6.0 no such thing here", "fail")
+
+
+def test_an_alias_with_members_takes_success_upon_itself() -> None:
+    envelope = queued("<list@example.test> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;list@example.test", "<me@example.test> NOTIFY=SUCCESS")
+    assert [sorted(r.notify) for r in envelope.recipients] == [["FAILURE"], ["FAILURE"], ["SUCCESS"]]
+    assert envelope.facts["expanded"] == [["list@example.test", "rfc822;list@example.test"]]
+    assert [sorted(r.notify) for r in queued("<list@example.test> NOTIFY=SUCCESS").recipients] == [["NEVER"], ["NEVER"]]
+    assert "expanded" not in queued("<list@example.test>").facts
+
+
+def test_who_sent_it_is_known_later() -> None:
+    assert not bounce.trusted(queued("<x@example.test>"))
+    assert bounce.trusted(queued("<x@example.test>", given="[domains]\nrelay_from = 192.0.2.0/24\n"))
