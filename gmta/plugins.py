@@ -58,14 +58,17 @@ class _Fences:
     def __init__(self) -> None:
         self._running: set[Overdue] = set()
         self._timer: Any = None
+        self._looking = False
 
     def enter(self, deadline: float) -> Overdue:
         """Begins to watch the current greenlet; deadline: perf_counter seconds."""
         fence = Overdue(deadline, getcurrent())
         self._running.add(fence)
-        if self._timer is None:
-            self._timer = get_hub().loop.timer(FENCE_TICK_S, FENCE_TICK_S, ref=False)
-            self._timer.start(self._look)
+        if not self._looking:
+            self._looking = True
+            if self._timer is None:
+                self._timer = get_hub().loop.timer(FENCE_TICK_S, FENCE_TICK_S, ref=False)
+            self._timer.again(self._look)
         return fence
 
     def leave(self, fence: Overdue) -> None:
@@ -74,6 +77,10 @@ class _Fences:
 
     def _look(self) -> None:
         """In the hub: throws into greenlets that are late; each of them waits, or it would not be this one's turn."""
+        if not self._running:
+            self._looking = False
+            self._timer.stop()
+            return
         now = time.perf_counter()
         for fence in [fence for fence in self._running if fence.deadline <= now]:
             if fence in self._running:
