@@ -1,0 +1,367 @@
+"""Where mail ends, with the programs that serve it: Dovecot's quota, LMTP and Sieve, procmail and maildrop, commands across kills."""
+
+from __future__ import annotations
+
+import imaplib
+import json
+import os
+import pwd
+import re
+import signal
+import smtplib
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gmta_plugins.maildir import Limits, count_usage, read_usage
+from tests.e2e.conftest import DEADLINE_S, Gmta, free_port, listens, program, until
+
+pytestmark = pytest.mark.e2e
+
+ROOT = os.getuid() == 0
+OWNER = pwd.getpwnam("nobody") if ROOT else pwd.getpwuid(os.getuid())  # Dovecot serves no mailbox of root
+QUOTA = Limits(100 * 1024 * 1024, 100_000)
+
+
+class Dovecot:
+    """A server of our own with IMAP and LMTP: no configuration, port or directory of the system's."""
+
+    def __init__(self, directory: Path, users: str, more: str) -> None:
+        """users: a passwd-file; more: of the configuration."""
+        me = pwd.getpwuid(os.getuid()).pw_name
+        self.imap_port, self.lmtp_port = free_port(), free_port()
+        self.socket = directory / "lmtp"
+        self._directory = directory / "dovecot"
+        self._directory.mkdir()
+        self._directory.chmod(0o755)
+        (self._directory / "users").write_text(users)
+        config = self._directory / "dovecot.conf"
+        services = "\n".join(f"service {name} {{\n  chroot =\n}}" for name in ("anvil", "stats"))
+        config.write_text(f"""
+base_dir = {self._directory}/run
+state_dir = {self._directory}/state
+log_path = {self._directory}/log
+protocols = imap lmtp
+listen = 127.0.0.1
+ssl = no
+disable_plaintext_auth = no
+auth_username_format = %n
+default_internal_user = {'dovecot' if ROOT else me}
+default_login_user = {'dovenull' if ROOT else me}
+default_internal_group = {'dovecot' if ROOT else me}
+first_valid_uid = 1
+first_valid_gid = 0
+passdb {{
+  driver = passwd-file
+  args = scheme=plain {self._directory}/users
+}}
+userdb {{
+  driver = passwd-file
+  args = {self._directory}/users
+}}
+service imap-login {{
+  chroot =
+  inet_listener imap {{
+    port = {self.imap_port}
+  }}
+  inet_listener imaps {{
+    port = 0
+  }}
+}}
+service lmtp {{
+  unix_listener {self.socket} {{
+    mode = 0666
+  }}
+  inet_listener lmtp {{
+    port = {self.lmtp_port}
+  }}
+}}
+{services}
+{more}
+""")
+        self._process = subprocess.Popen([program("dovecot"), "-F", "-c", str(config)])
+        try:
+            until(lambda: self._running() and listens(self.imap_port) and listens(self.lmtp_port) and self.socket.exists(), "Dovecot")
+        except BaseException:
+            self.stop()
+            raise
+
+    def _running(self) -> bool:
+        assert self._process.poll() is None, self.log()
+        return True
+
+    def log(self) -> str:
+        """What Dovecot said."""
+        file = self._directory / "log"
+        return file.read_text() if file.exists() else ""
+
+    def imap(self, user: str) -> imaplib.IMAP4:
+        """A session of a user."""
+        client = imaplib.IMAP4("127.0.0.1", self.imap_port, timeout=DEADLINE_S)
+        try:
+            client.login(user, "secret")
+        except imaplib.IMAP4.error as error:
+            raise AssertionError(self.log()) from error
+        return client
+
+    def stop(self) -> None:
+        """Ends it."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(DEADLINE_S)
+
+
+@pytest.fixture
+def dovecot(directory: Path) -> Iterator[Callable[[str, str], Dovecot]]:
+    started: list[Dovecot] = []
+
+    def start(users: str, more: str) -> Dovecot:
+        started.append(Dovecot(directory, users, more))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+def user(name: str, home: Path, more: str = "") -> str:
+    """A line of a passwd-file."""
+    return f"{name}:secret:{OWNER.pw_uid}:{OWNER.pw_gid}::{home}::{more}\n"
+
+
+def owned(path: Path) -> Path:
+    """A directory for the mailboxes' owner."""
+    path.mkdir(parents=True)
+    os.chown(path, OWNER.pw_uid, OWNER.pw_gid)
+    return path
+
+
+def serve(gmta: Gmta, rest: str, workers: int = 2) -> None:
+    gmta.serve(f"""
+[gmta]
+hostname = mx.example.test
+workers = {workers}
+log_file = gmta.log
+[listener:mx]
+address = 127.0.0.1:{gmta.port}
+[domains]
+local = example.test
+[plugins]
+enable = mailboxes, access, received_limit, maildir
+[plugin:mailboxes]
+accept = any
+[route]
+local = mailbox
+[transport:mailbox]
+{rest}
+""")
+
+
+def send(gmta: Gmta, *recipients: str, subject: str = "hello", sender: str = "alice@sender.test") -> dict[str, Any]:
+    """One message; the recipients that were refused."""
+    with smtplib.SMTP("127.0.0.1", gmta.port, "client.test", timeout=DEADLINE_S) as client:
+        return client.sendmail(sender, recipients, f"From: Alice <alice@sender.test>\r\nSubject: {subject}\r\n\r\nHello.\r\n")
+
+
+def load(gmta: Gmta, count: int, size: int = 2000) -> None:
+    """Many messages for you@example.test."""
+    subprocess.run([program("smtp-source"), "-s", "16", "-m", str(count), "-l", str(size), "-f", "alice@sender.test", "-t", "you@example.test",
+                    f"127.0.0.1:{gmta.port}"], check=True, timeout=120)
+
+
+def settled(gmta: Gmta) -> None:
+    """Returns when the queue is empty."""
+    until(lambda: json.loads(gmta.command("queue", "list", "--json").stdout) == [], "empty queue")
+
+
+# --- Dovecot ----------------------------------------------------------------------------------------------------
+
+
+def usage_over_imap(client: imaplib.IMAP4) -> tuple[int, int]:
+    """(KB, messages) as Dovecot tells its user."""
+    _, answer = client.getquotaroot("INBOX")
+    match = re.search(rb"STORAGE (\d+) 102400 MESSAGE (\d+) 100000", repr(answer).encode())
+    assert match, answer
+    return int(match[1]), int(match[2])
+
+
+def test_quota_agrees_with_dovecot(gmta: Gmta, directory: Path, dovecot: Callable[[str, str], Dovecot]) -> None:
+    """After a thousand deliveries, three hundred expunges and some more deliveries both keep the same maildirsize, and it is right."""
+    box = owned(directory / "mail") / "example.test/you"
+    owner = f"owner = {OWNER.pw_name}" if ROOT else ""
+    serve(gmta, f"type = maildir\npath = mail/{{domain}}/{{local}}\nquota = 100MB\nquota_messages = 100000\n{owner}")
+    server = dovecot(user("you", directory), f"""
+mail_location = maildir:{box}
+mail_plugins = quota
+protocol imap {{
+  mail_plugins = quota imap_quota
+}}
+plugin {{
+  quota = maildir:User quota
+  quota_rule = *:storage=100M:messages=100000
+}}
+""")
+
+    def check(count: int) -> None:
+        top = os.open(box, os.O_RDONLY)
+        try:
+            found, (counted, _) = read_usage(top, QUOTA, 0.0), count_usage(top)
+        finally:
+            os.close(top)
+        assert counted.messages == count
+        assert found is not None and found[:2] == counted[:2], (box / "maildirsize").read_text()
+        with server.imap("you") as client:
+            assert usage_over_imap(client) == (-(-counted.octets // 1024), count)  # in whole KB, upwards
+
+    load(gmta, 1000)
+    settled(gmta)
+    assert len(list((box / "new").iterdir())) == 1000 and not list((box / "tmp").iterdir())
+    check(1000)
+    with server.imap("you") as client:
+        assert client.select("INBOX") == ("OK", [b"1000"])
+        client.store("1:300", "+FLAGS", r"(\Deleted)")
+        client.expunge()
+    check(700)
+    load(gmta, 20)
+    settled(gmta)
+    check(720)
+    assert (box / "maildirsize").stat().st_size <= 5120
+    assert gmta.stop() == 0
+
+
+def test_full_mailbox_in_the_dialogue(gmta: Gmta) -> None:
+    serve(gmta, "type = maildir\npath = var/mail/{domain}/{local}\nquota = 5KB")
+    load(gmta, 2)
+    gmta.arrived("you", 2)
+    with smtplib.SMTP("127.0.0.1", gmta.port, "client.test", timeout=DEADLINE_S) as client:
+        client.ehlo()
+        client.mail("alice@sender.test", ["SIZE=3000"])
+        assert client.rcpt("you@example.test") == (552, b"5.2.2 Mailbox is full")
+        assert client.rcpt("other@example.test")[0] == 250
+        client.rset()
+        client.mail("alice@sender.test", ["SIZE=100"])
+        assert client.rcpt("you+detail@example.test")[0] == 250  # some room is left, and the size is known
+    assert gmta.stop() == 0
+
+
+@pytest.mark.parametrize("by", ["unix", "tcp"])
+def test_lmtp_with_sieve(gmta: Gmta, directory: Path, dovecot: Callable[[str, str], Dovecot], by: str) -> None:
+    """Dovecot files by Sieve, and says for each recipient what became of it; the sender is told about those that failed."""
+    homes = owned(directory / "homes")
+    script = directory / "default.sieve"
+    script.write_text('require ["fileinto", "mailbox"];\nif header :contains "subject" "invoice" { fileinto :create "Bills"; }\n')
+    os.chown(directory, OWNER.pw_uid, OWNER.pw_gid)  # where the script's binary goes
+    names = ("you", "alice", "full")
+    users = "".join(user(name, owned(homes / name), "userdb_quota_rule=*:bytes=1" if name == "full" else "") for name in names)
+    server = dovecot(users, f"""
+mail_location = maildir:~/Maildir
+protocol lmtp {{
+  mail_plugins = quota sieve
+}}
+plugin {{
+  quota = maildir:User quota
+  quota_rule = *:storage=100M
+  sieve_default = {script}
+  sieve = file:~/sieve;active=~/.dovecot.sieve
+}}
+""")
+    host = f"unix:{server.socket}" if by == "unix" else f"127.0.0.1:{server.lmtp_port}"
+    serve(gmta, f"type = lmtp\nhost = {host}\n", workers=1)
+
+    def filed(name: str, folder: str, count: int) -> None:
+        until(lambda: len(list((homes / name / "Maildir" / folder / "new").glob("*"))) == count, f"message in {folder or 'INBOX'} of {name}")
+
+    send(gmta, "you@example.test", subject="your invoice")
+    filed("you", ".Bills", 1)
+    send(gmta, "you@example.test")
+    filed("you", "", 1)
+    send(gmta, "you@example.test", "full@example.test", "nobody-here@example.test", sender="alice@example.test")
+    filed("you", "", 2)
+    filed("alice", "", 1)
+    said = b"".join(file.read_bytes() for file in (homes / "alice/Maildir/new").iterdir()).decode()
+    assert re.search(r"^Status: 5\.2\.2", said, re.M) and re.search(r"^Status: 5\.1\.1", said, re.M), said
+    settled(gmta)
+    assert gmta.stop() == 0
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+
+def test_procmail_and_maildrop(gmta: Gmta, directory: Path) -> None:
+    box = directory / "box"
+    (directory / "procmailrc").write_text(f"MAILDIR={directory}\nDEFAULT={box}/\nLOGFILE={directory}/procmail.log\n"
+                                          f":0\n* ^Subject: refused\n{{\nEXITCODE=77\n:0\n/dev/null\n}}\n")
+    (directory / "maildroprc").write_text(f'if (/^Subject: file/)\n{{\nto "{directory}/other"\n}}\nEXITCODE=75\nexit\n')
+    (directory / "procmailrc").chmod(0o644)
+    (directory / "maildroprc").chmod(0o600)
+    for part in ("cur", "new", "tmp"):
+        (directory / "other" / part).mkdir(parents=True)
+    serve(gmta, f"type = pipe\ncommand = procmail -f {{sender}} {directory}/procmailrc\n"
+                f"[transport:maildrop]\ntype = pipe\ncommand = maildrop {directory}/maildroprc\n"
+                "[transport:reports]\ntype = maildir\npath = var/mail/{domain}/{local}\n")
+    config = gmta.config.read_text().replace("[route]", "[route]\ndrop@example.test = maildrop\nalice@example.test = reports")
+    gmta.stop()
+    gmta.serve(config)
+    send(gmta, "you@example.test")
+    until(lambda: (box / "new").is_dir() and len(list((box / "new").iterdir())) == 1, "message by procmail")
+    (file,) = (box / "new").iterdir()
+    assert file.read_text().startswith("Return-Path: <alice@sender.test>\nDelivered-To: you@example.test\nReceived: ")
+    send(gmta, "drop@example.test", subject="file this")
+    until(lambda: len(list((directory / "other/new").iterdir())) == 1, "message by maildrop")
+    send(gmta, "you@example.test", subject="refused", sender="alice@example.test")
+    (report,) = gmta.arrived("alice")
+    assert "Status: 5.7.0" in report.read_text() and "ended with status 77 (permission denied)" in report.read_text()
+    send(gmta, "drop@example.test", subject="later")
+    until(lambda: b"status 75" in gmta.command("queue", "list", "--json").stdout, "deferral by maildrop")
+    assert gmta.stop() == 0
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_no_message_is_lost_to_a_command_across_kills(gmta: Gmta, directory: Path) -> None:
+    """Every message that was taken reaches the command whole, whichever worker is killed when."""
+    script = directory / "note"
+    script.write_text(f"#!/bin/sh\nset -e\ntext=$(cat)\ncase $text in *'-- end of message') ;; *) echo partial >> {directory}/partial;; esac\n"
+                      f"echo \"$text\" | sed -n 's/^Subject: //p' >> {directory}/noted\n")
+    script.chmod(0o755)
+    serve(gmta, f"type = pipe\ncommand = {script}\n")
+    assert gmta.process is not None
+    taken: set[str] = set()
+    over = threading.Event()
+
+    def client(number: int) -> None:
+        serial = 0
+        while not over.is_set():
+            try:
+                with smtplib.SMTP("127.0.0.1", gmta.port, "client.test", timeout=DEADLINE_S) as session:
+                    while not over.is_set():
+                        serial += 1
+                        subject = f"message {number}-{serial}"
+                        session.sendmail("alice@sender.test", ["you@example.test"],
+                                         f"Subject: {subject}\r\n\r\n" + "text\r\n" * 500 + "-- end of message\r\n")
+                        taken.add(subject)
+            except (smtplib.SMTPException, OSError):
+                continue  # its worker was killed
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for victims in range(1, 5):
+            until(lambda victims=victims: len(taken) > 25 * victims and len(children(gmta.process.pid)) == 2, "more mail")  # type: ignore[misc,union-attr]
+            os.kill(children(gmta.process.pid)[victims % 2], signal.SIGKILL)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    settled(gmta)
+    noted = (directory / "noted").read_text().splitlines()
+    assert taken <= set(noted), f"{len(taken - set(noted))} of {len(taken)} lost"
+    assert not (directory / "partial").exists()
+    assert gmta.stop() == 0
