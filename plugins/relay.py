@@ -107,7 +107,7 @@ class Relay:
         config, services = self._config, self._services
         resolver, log, clock = services.resolver, services.log, services.clock
         if self._hosts or config.tls == "off":
-            return TlsPolicies(core.tls_policy, config.tls, resolver)
+            return TlsPolicies(core.tls_policy, config.tls, resolver, smart=bool(self._hosts))
         validation = Validation(resolver, log, clock, signed=core.dns.probe_signed, bogus=core.dns.probe_bogus) if config.dane else None
         sts = None
         if config.mta_sts:
@@ -130,7 +130,7 @@ class Relay:
     def deliver(self, delivery: Any) -> dict[int, gmta.Outcome]:
         """One message, over a kept connection where there is one, else to the first host that has a conversation with us."""
         outcomes: dict[int, gmta.Outcome] = {}
-        client = self._pool.take(delivery.next_hop)
+        client = self._pool.take(_pool_key(delivery))
         if client is not None and delivery.recipients[0].attempts and delivery.envelope.id in client.deferred:
             client.quit()  # what was deferred is tried again in another session
             client = None
@@ -153,7 +153,7 @@ class Relay:
         for _ in range(MAX_SESSIONS):
             target = targets.pop(0)
             try:
-                client = self._open(target, delivery.next_hop, hurry=bool(targets))
+                client = self._open(target, delivery, hurry=bool(targets))
                 found = self._send(client, delivery, outcomes)
                 if not client.sender_deferred or not (targets := [other for other in targets if other.name != target.name]):
                     return outcomes | found
@@ -172,7 +172,7 @@ class Relay:
             if not targets:
                 break
             delivery.tried(outcome)
-        if self._hosts and verdict is not None and verdict.status is Status.FAILED:
+        if self._hosts and verdict is not None and verdict.status is Status.FAILED and not verdict.own:
             # a smart host that does not want us is the postmaster's to mend, not the sender's
             verdict = gmta.deferred(f"{verdict.remote} refused: {verdict.reply}"[:300], enhanced="4.4.0", remote=verdict.remote,
                                     recipient_fault=False)
@@ -197,17 +197,19 @@ class Relay:
             raise
         if any(outcome.status is Status.DEFERRED for outcome in outcomes.values()):
             client.deferred += (delivery.envelope.id,)
-        self._pool.keep(delivery.next_hop, client)
+        self._pool.keep(_pool_key(delivery), client)
         return outcomes
 
-    def _open(self, target: Target, next_hop: str, *, hurry: bool) -> SmtpClient:
+    def _open(self, target: Target, delivery: Any, *, hurry: bool) -> SmtpClient:
         """A connection, with TLS by the strictest rule first that may be had otherwise; raises ConnectionFailed, Unusable."""
         config, services, hops = self._config, self._services, self._hops
-        policy = self._policies.of_domain(target.name if self._hosts else next_hop)
+        policy = self._policies.of_domain(target.name if self._hosts else delivery.next_hop)
         try:
-            rule = self._policies.rule(policy, target)
+            strict = delivery.envelope.facts.get("requiretls")
+            rule = self._policies.strict_rule(policy, target) if strict else self._policies.rule(policy, target)
         except Unusable as unusable:
-            self._note(policy, unusable.rule, target, unusable.result, str(unusable))
+            if unusable.result:
+                self._note(policy, unusable.rule, target, unusable.result, str(unusable))
             raise
         strictest = rule
         while True:
@@ -261,6 +263,11 @@ def split_host(text: str, port: int) -> tuple[str, int]:
     if not host or (rest and not (rest.isdigit() and 0 < int(rest) < 65536)):
         raise ValueError(f"host {text!r}: expected ADDRESS or ADDRESS:PORT")
     return host, int(rest) if rest else port
+
+
+def _pool_key(delivery: Any) -> Any:
+    """Whose connections a message may use: one that asks for REQUIRETLS has its own."""
+    return (delivery.next_hop, True) if "requiretls" in delivery.envelope.facts else delivery.next_hop
 
 
 def _rest(delivery: Any, outcomes: dict[int, gmta.Outcome], outcome: gmta.Outcome | None) -> dict[int, gmta.Outcome]:

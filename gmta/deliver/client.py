@@ -124,6 +124,7 @@ class SmtpClient:
         self.used_at = 0.0
         self.usable = False
         self.tls = ""  # facts of the session, for the log
+        self.verified = False  # the certificate was judged, and is right
         self.trouble: tuple[str, str] | None = None  # why there is no TLS, as in a TLS report, and in words
         self.deadline = NEVER  # of the wait for the socket
         self._limit = NEVER  # of the attempt
@@ -231,6 +232,7 @@ class SmtpClient:
             raise self._tls_failed(f"TLS handshake with {self.remote} failed: {words}", failure_result(error)) from error
         except TlsRejected as rejected:
             raise self._tls_failed(f"TLS with {self.remote} refused: {rejected}", rejected.result) from rejected
+        self.verified = bool(how)
         version, cipher = self._socket.version() or "TLS", (self._socket.cipher() or ("",))[0]
         self.tls = f"{version} {cipher} {'verified:' + (rule.source if how == 'pki' else how) if how else 'unverified'}"
         try:
@@ -283,6 +285,8 @@ class SmtpClient:
         outcomes: dict[int, Outcome] = {}
         try:
             waiting = list(recipients)
+            if envelope.facts.get("requiretls") and ("REQUIRETLS" not in self._protocol.extensions or not self.verified):
+                raise self._no_requiretls()
             while waiting:
                 part, rest = self._portion(waiting)
                 again = self._transaction(envelope, part, message, outcomes)
@@ -292,13 +296,17 @@ class SmtpClient:
                     failure.again = True
                     raise failure
         except ConnectionFailed as failure:
-            self.close()
+            self.quit()
             failure.outcomes = outcomes
             raise
         except BaseException:
             self.close()
             raise
         return outcomes
+
+    def _no_requiretls(self) -> ConnectionFailed:
+        """The remote can't promise what the sender asked for (RFC 8689 section 4.2.1); another one may."""
+        return ConnectionFailed(failed(f"{self.remote} does not support REQUIRETLS", enhanced="5.7.30", remote=self.remote))
 
     def _portion(self, recipients: list[RecipientState]) -> tuple[list[RecipientState], list[RecipientState]]:
         """(recipients of the next transaction, the rest), as LIMITS asks for (RFC 9422 section 4)."""
@@ -400,7 +408,8 @@ class SmtpClient:
                 memory = type(message.body) is MemoryBody
                 body = None if not memory or (message.header.isascii() and message.body.data.isascii()) else "8BITMIME"  # type: ignore[union-attr]
         yield protocol.mail(_wire(envelope.sender, utf8), size=message.size if "SIZE" in extensions else None, body=body,
-                            smtputf8=utf8, ret=envelope.ret if dsn else "", envid=envelope.envid if dsn else "")
+                            smtputf8=utf8, ret=envelope.ret if dsn else "", envid=envelope.envid if dsn else "",
+                            requiretls="requiretls" in envelope.facts)
         for recipient in recipients:
             if dsn:
                 # RFC 3461 section 5.2.1: NOTIFY and ORCPT go on unchanged

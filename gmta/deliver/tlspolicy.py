@@ -20,7 +20,7 @@ from gmta.config import TlsDemand
 from gmta.deliver import dane
 from gmta.deliver.mtasts import MtaSts, Policy
 from gmta.deliver.nexthop import Target
-from gmta.mail.verdict import Outcome, deferred
+from gmta.mail.verdict import Outcome, deferred, failed
 from gmta.services.dns import Status
 from gmta.services.tls import client_context
 
@@ -69,11 +69,11 @@ class TlsRejected(Exception):
 
 
 class Unusable(Exception):
-    """A host that can't be used now, by `rule`. result: as in a TLS report."""
+    """A host that can't be used now, by `rule`, or never for this message. result: as in a TLS report, "" for none."""
 
-    def __init__(self, text: str, rule: TlsRule, result: str) -> None:
+    def __init__(self, text: str, rule: TlsRule, result: str, outcome: Outcome | None = None) -> None:
         super().__init__(text)
-        self.outcome: Outcome = deferred(text[:400], enhanced="4.7.5", recipient_fault=False)
+        self.outcome: Outcome = outcome or deferred(text[:400], enhanced="4.7.5", recipient_fault=False)
         self.rule = rule
         self.result = result
 
@@ -162,6 +162,7 @@ class TlsPolicies:
         self._base = _LEVELS[tls]
         self._resolver = resolver
         self._sts = None if smart or self._base == "none" else sts
+        self._smart = smart
         self._validation = None if smart or self._base == "none" else validation
 
     def of_domain(self, domain: str) -> DomainPolicy:
@@ -207,6 +208,19 @@ class TlsPolicies:
         if not allowed:
             return replace(base, noted="validation-failure")
         return replace(strict, otherwise=base)
+
+    def strict_rule(self, policy: DomainPolicy, target: Target) -> TlsRule:
+        """The rule for a message that asks for REQUIRETLS: verified, at a host that nobody could slip in; raises Unusable."""
+        rule = self.rule(policy, target)
+        if rule.level == "dane" and rule.tlsa:
+            return rule
+        named = self._smart or policy.domain.startswith("[") or (policy.sts is not None and policy.sts.allows(target.name))
+        if not named and not (target.secure and self._validation is not None and self._validation.proven()):  # RFC 8689 section 4.2.1
+            text = f"REQUIRETLS: neither DNSSEC nor MTA-STS vouches for the mail hosts of {policy.domain}"
+            raise Unusable(text, rule, "", failed(text, enhanced="5.7.30"))
+        if rule.level == "verify":
+            return replace(rule, otherwise=None)
+        return TlsRule("verify", (target.name,), (), rule.server_name, rule.source)
 
     def _base_rule(self, policy: DomainPolicy, target: Target, server_name: str) -> TlsRule:
         """What configuration alone asks for."""

@@ -180,7 +180,7 @@ class ClientProtocol:
         return self._command("LHLO", name, greeted=False)
 
     def mail(self, sender: Address | str, size: int | None = None, body: str | None = None, smtputf8: bool = False,
-             ret: str = "", envid: str = "", auth: str | None = None) -> bytes:
+             ret: str = "", envid: str = "", auth: str | None = None, requiretls: bool = False) -> bytes:
         """MAIL. Parameters are sent as given: whether the remote offers them is the caller's to look up in `extensions`.
 
         envid is plain text and is sent as xtext; auth "" is sent as <>.
@@ -196,6 +196,8 @@ class ClientProtocol:
             words.append(f"RET={ret}")
         if envid:
             words.append(f"ENVID={encode_xtext(envid)}")
+        if requiretls:
+            words.append("REQUIRETLS")
         if auth is not None:
             words.append(f"AUTH={encode_xtext(auth) or '<>'}")
         line = self._command("MAIL", " ".join(words))

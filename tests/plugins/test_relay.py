@@ -630,6 +630,30 @@ def test_mta_sts(make: Make, host: Host, authority: Authority, mode: str, names:
     assert counted[0]["policy"]["policy-type"] == ("no-policy-found" if mode == "none" else "sts")
 
 
+def test_requiretls(make: Make, host: Host, authority: Authority) -> None:
+    """RFC 8689: verified TLS with a host that somebody vouches for and that promises the same, or back to the sender."""
+    right, wrong = authority.issue("mx.example.org"), authority.issue("other.example")
+    keywords = ["PIPELINING", "REQUIRETLS"]
+
+    def words(tls: Any, keywords: list[str], *, smart: bool = False, **records: Any) -> str:
+        peer = host(tls=tls, keywords=keywords)
+        if smart:
+            out = make(f"mx.example.org:{peer.port}", zone={"mx.example.org": {"A": "127.0.0.1"}}, ca_file=authority.file)
+        else:
+            out = relay_to(make, peer, authority, records=records)
+        assert statuses(out.send(next_hop="" if smart else "c.example")) == [DELIVERED]  # others don't mind
+        outcome = out.send(next_hop="" if smart else "c.example", facts={"requiretls": True})[0]
+        mails = [line for session in peer.sessions for line in session.commands if line.startswith("MAIL")]
+        assert [line.endswith(" REQUIRETLS") for line in mails] == [False] + [True] * (outcome.status is DELIVERED)
+        return f"{outcome.status.value} {outcome.reply.enhanced}"
+
+    assert words(right, keywords) == words(right, keywords, smart=True) == "delivered 2.0.0"
+    assert words(right, ["PIPELINING"]) == "failed 5.7.30"
+    assert words(wrong, keywords) == words(wrong, keywords, smart=True) == "deferred 4.7.5"
+    assert words(None, keywords) == "deferred 4.7.10"
+    assert words(right, keywords, **{"mx.example.org": {"A": "127.0.0.1"}}) == "failed 5.7.30"  # DNS could have been forged
+
+
 def test_stuffing_is_what_the_peer_undoes() -> None:
     with Peer() as peer, socket.create_connection((peer.host, peer.port)) as sock, sock.makefile("rwb", buffering=0) as stream:
         for line in (b"", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n", stuff(RAW), b"QUIT\r\n"):
