@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmta import Delivery
+from gmta import Delivery, PluginConfig
 from gmta.config import ConfigError, Section
 from gmta.deliver.router import Router
 from gmta.mail.address import Address, AddressError
@@ -724,3 +724,9 @@ def test_quota_without_the_hook_is_warned_of(tmp_path: Path) -> None:
     services = Services(config, MemoryLog(), Metrics(), hostname="mx.example")
     PluginManager(config, services, services.log).close()
     assert "maildir is not in [plugins] enable" in str(services.log.lines)  # type: ignore[attr-defined]
+
+
+def test_every_key_is_documented() -> None:
+    section = (Path(__file__).parents[2] / "docs/transports.md").read_text().split("\n## maildir\n")[1].split("\n## ")[0]
+    rows = " ".join(line.split(" | ")[0] for line in section.splitlines() if line.startswith("| "))
+    assert not [key for key in TransportConfig.model_fields.keys() - PluginConfig.model_fields.keys() if f"`{key}`" not in rows]

@@ -320,3 +320,8 @@ def test_braces_of_its_own() -> None:
 def test_every_hostile_mailbox_could_come_by_smtp() -> None:
     """At least forty of them are addresses that a client may give."""
     assert len([mailbox for mailbox in HOSTILE if mailbox.isascii() and parse_mailbox(str(address(mailbox)))]) >= 40
+
+
+def test_every_key_is_documented() -> None:
+    section = (Path(__file__).parents[2] / "docs/transports.md").read_text().split("\n## pipe\n")[1].split("\n## ")[0]
+    assert not [key for key in Pipe.Config.model_fields if key != "on_error" and f"| `{key}` |" not in section]
