@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 class TlsInfo:
     """Facts of a TLS session: version ("TLSv1.3"), cipher name, key bits, server_name (SNI), verified client name.
 
-    end_point: the channel's tls-server-end-point data (RFC 5929 section 4), b"" where there is none.
+    bindings: what ties an authentication to this channel, by type: tls-exporter (RFC 9266), tls-server-end-point (RFC 5929).
     """
 
-    __slots__ = ("bits", "cipher", "client_name", "end_point", "server_name", "version")
+    __slots__ = ("bindings", "bits", "cipher", "client_name", "server_name", "version")
 
-    def __init__(self, version: str, cipher: str, bits: int, server_name: str = "", client_name: str = "", end_point: bytes = b"") -> None:
+    def __init__(self, version: str, cipher: str, bits: int, server_name: str = "", client_name: str = "",
+                 bindings: dict[str, bytes] | None = None) -> None:
         self.version = version
         self.cipher = cipher
         self.bits = bits
         self.server_name = server_name
         self.client_name = client_name
-        self.end_point = end_point
+        self.bindings = bindings or {}
 
 
 class AuthResult:

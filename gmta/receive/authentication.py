@@ -41,7 +41,7 @@ class Mechanisms:
         served: set[str] = set(self._default)
         for _, names in self._plugins.get("get_auth_mechanisms", session):
             served.update(name.upper() for name in names)
-        if session.tls is not None and session.tls.end_point and sasl.SCRAM in served:
+        if session.tls is not None and session.tls.bindings and sasl.SCRAM in served:
             served.add(sasl.SCRAM_PLUS)
         else:
             served.discard(sasl.SCRAM_PLUS)
@@ -56,12 +56,11 @@ class Authentication:
     def __init__(self, pipeline: Pipeline, session: Session, mechanism: str, tell: Callable[[str, Reply], Reply],
                  refuse: Callable[[str, Verdict | None], Reply | None]) -> None:
         """tell, refuse: what logs a refusal and gives it back, and what makes one of a verdict."""
-        binding = session.tls.end_point if session.tls is not None else b""
         self._pipeline = pipeline
         self._session = session
         self._tell = tell
         self._refuse = refuse
-        self._exchange = sasl.exchange(mechanism, binding, bool(binding))
+        self._exchange = sasl.exchange(mechanism, session.tls.bindings if session.tls is not None else {})
         self._known: Reply | None = None  # the refusal that is to be said after the next response
 
     def answer(self, event: events.Event) -> Reply:

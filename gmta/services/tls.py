@@ -7,8 +7,11 @@ do not belong together raises TlsError with the file's name. RFC 3207, RFC 8314,
 
 from __future__ import annotations
 
+import _ssl
+import ctypes
 import os
 import ssl
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -172,7 +175,47 @@ def tls_info(tls_socket: ssl.SSLSocket, server_name: str = "") -> TlsInfo:
     if not isinstance(context, ServerContext):
         return TlsInfo(tls_socket.version() or "", name, bits or 0, server_name)
     client = _client_name(tls_socket.getpeercert() or {}) if context.verify_mode != ssl.CERT_NONE else ""
-    return TlsInfo(tls_socket.version() or "", name, bits or 0, server_name, client, context.end_point)
+    bindings = {}
+    exported = _exported(tls_socket) if tls_socket.version() == "TLSv1.3" else b""
+    if exported:  # clients that bind at all take this one first: without it they are better off without any
+        bindings["tls-exporter"] = exported
+        if context.end_point:
+            bindings["tls-server-end-point"] = context.end_point
+    return TlsInfo(tls_socket.version() or "", name, bits or 0, server_name, client, bindings)
+
+
+def _exported(tls_socket: Any) -> bytes:
+    """tls-exporter data of a TLS 1.3 session (RFC 9266 section 2), b"" where it can't be had.
+
+    Python's ssl has no way to it, so OpenSSL is asked itself. Where its session lies in Python's object has been the same since
+    3.6; that it lies there now is seen by its neighbour, the context, before anything is done with it.
+    """
+    inner = getattr(tls_socket, "_sslobj", None)
+    if inner is None or type(inner).__module__ != "_ssl" or type(inner).__name__ != "_SSLSocket" or type(inner).__basicsize__ < 48 or _export is None:
+        return b""
+    address = id(inner) + object.__basicsize__  # then: the socket, SSL *, the context
+    word = ctypes.sizeof(ctypes.c_void_p)
+    if ctypes.c_void_p.from_address(address + 2 * word).value != id(inner.context):
+        return b""
+    session = ctypes.c_void_p.from_address(address + word).value
+    out = ctypes.create_string_buffer(32)
+    return out.raw if session and _export(session, out, 32, _LABEL, len(_LABEL), b"", 0, 1) == 1 else b""
+
+
+def _find_export() -> Callable[..., int] | None:
+    """SSL_export_keying_material of the library that Python's ssl uses, or None."""
+    try:
+        found = ctypes.CDLL(_ssl.__file__).SSL_export_keying_material
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p,
+                      ctypes.c_size_t, ctypes.c_int)
+    function: Callable[..., int] = found
+    return function
+
+
+_export = _find_export() if sys.implementation.name == "cpython" else None
+_LABEL = b"EXPORTER-Channel-Binding"
 
 
 def _client_name(certificate: Mapping[str, Any]) -> str:

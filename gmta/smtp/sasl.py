@@ -4,7 +4,7 @@
 For PLAIN, LOGIN and the OAuth mechanisms that is whether `secret` is right, which is decided elsewhere. For SCRAM the verifier of
 `user` is to be handed in with `take`; the proof is judged here, in constant time. Malformed input raises ValueError. Base64 and
 the AUTH command are the server protocol's. RFC 4954, RFC 4616 (PLAIN), draft-murchison-sasl-login (LOGIN), RFC 5802 and RFC 7677
-(SCRAM-SHA-256), RFC 5929 (tls-server-end-point), RFC 7628 (OAUTHBEARER; XOAUTH2 is its forerunner).
+(SCRAM-SHA-256), RFC 5929 and RFC 9266 (channel bindings), RFC 7628 (OAUTHBEARER; XOAUTH2 is its forerunner).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import hmac
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from gmta.mail.reply import Reply
@@ -21,7 +22,6 @@ from gmta.mail.reply import Reply
 SCRAM_PLUS = "SCRAM-SHA-256-PLUS"
 SCRAM = "SCRAM-SHA-256"
 MECHANISMS = (SCRAM_PLUS, SCRAM, "OAUTHBEARER", "XOAUTH2", "PLAIN", "LOGIN")  # the best first, as they are offered
-BINDING = "tls-server-end-point"
 ITERATIONS = 100_000  # of new verifiers, and of those that are made up
 _SCRAM_NONCE = re.compile(r"[!-+\--~]{1,512}\Z")  # RFC 5802 section 7: printable, no comma
 _SASLNAME = re.compile(r"(?:[^=,\0]|=2C|=3D)+\Z")
@@ -167,15 +167,15 @@ class ScramVerifier(NamedTuple):
 class Scram(Exchange):
     """SCRAM-SHA-256, with channel binding as -PLUS.
 
-    binding: the channel's data (RFC 5929 section 4), or b"" without.  offered: whether -PLUS was.
+    bindings: the channel's data by type; where there are any, -PLUS was offered.
     """
 
-    __slots__ = ("_binding", "_first", "_gs2", "_nonce", "_offered", "_verifier", "proven")
+    __slots__ = ("_bindings", "_bound", "_first", "_gs2", "_nonce", "_verifier", "proven")
 
-    def __init__(self, mechanism: str, binding: bytes, offered: bool) -> None:
+    def __init__(self, mechanism: str, bindings: Mapping[str, bytes]) -> None:
         super().__init__(mechanism)
-        self._binding = binding
-        self._offered = offered
+        self._bindings = bindings
+        self._bound = b""
         self._gs2 = b""
         self._first = ""
         self._nonce = ""
@@ -203,9 +203,11 @@ class Scram(Exchange):
         flag, _, rest = text.partition(",")
         authzid, _, bare = rest.partition(",")
         if self.mechanism == SCRAM_PLUS:
-            if flag != f"p={BINDING}":
+            kind, _, name = flag.partition("=")
+            if kind != "p" or name not in self._bindings:
                 raise ValueError("another channel binding than was offered")
-        elif flag != "n" and (flag != "y" or self._offered):  # RFC 5802 section 6: somebody took -PLUS out of our offer
+            self._bound = self._bindings[name]
+        elif flag != "n" and (flag != "y" or self._bindings):  # RFC 5802 section 6: somebody took -PLUS out of our offer
             raise ValueError("a channel binding flag that does not fit")
         if authzid and not authzid.startswith("a="):
             raise ValueError("not an authorization identity")
@@ -241,21 +243,21 @@ class Scram(Exchange):
         mask = hmac.digest(verifier.stored_key, signed, "sha256")
         key = bytes(a ^ b for a, b in zip(proof, mask, strict=False))
         right = hmac.compare_digest(hashlib.sha256(key).digest(), verifier.stored_key) and len(proof) == len(mask)
-        same_channel = bound == self._gs2 + (self._binding if self.mechanism == SCRAM_PLUS else b"")
+        same_channel = bound == self._gs2 + self._bound
         self.proven = right and same_channel and fields[1][2:] == self._nonce
         if not self.proven:
             return None
         return b"v=" + base64.b64encode(hmac.digest(verifier.server_key, signed, "sha256"))
 
 
-def exchange(mechanism: str, binding: bytes = b"", offered: bool = False) -> Exchange:
-    """The exchange of a mechanism in MECHANISMS. binding, offered: see Scram."""
+def exchange(mechanism: str, bindings: Mapping[str, bytes]) -> Exchange:
+    """The exchange of a mechanism in MECHANISMS. bindings: see Scram."""
     if mechanism == "PLAIN":
         return Plain(mechanism)
     if mechanism == "LOGIN":
         return Login(mechanism)
     if mechanism in (SCRAM, SCRAM_PLUS):
-        return Scram(mechanism, binding, offered)
+        return Scram(mechanism, bindings)
     return OAuth(mechanism)
 
 

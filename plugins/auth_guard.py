@@ -1,0 +1,126 @@
+"""Makes guessing passwords slow and short: failed logins are answered late and counted, and who fails too often is locked out.
+
+Hooks: permit_auth (place it before those that know users), on_refused, check_mail, check_connect.  Keys: address_failures,
+user_failures, window, lockout, delay, known_for.  Replies: 454 4.7.0 to AUTH of one who is locked out, whatever the password;
+421 4.7.0 in place of the banner, on listeners with the role submission.
+
+Counted are an address (an IPv6 one by its /64) and a user, by all workers together. A user cannot be locked out by others: while
+somebody guesses at an account from many addresses, new addresses have one try each, and one from which the user has logged in
+before counts for itself. RFC 4954 section 6 lets a server say 454 so.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+import gevent
+from pydantic import Field
+
+from gmta import Credentials, Duration, PluginConfig, Reply, Session, Transaction, Verdict, defer, disconnect, hookimpl
+from gmta.mail.address import domain_key
+
+NAME = "auth_guard"
+KNOWN_FACTOR = 5  # how many more failures an address is granted for a user that it belongs to
+
+
+class Config(PluginConfig):
+    """[plugin:auth_guard]"""
+
+    address_failures: int = Field(10, ge=1, description="failed logins of an address within the window, before it is locked out")
+    user_failures: int = Field(20, ge=1, description="failed logins of a user within it, after which new addresses have one try")
+    window: Duration = Field("15m", gt=0, description="how long a failure counts")  # type: ignore[assignment]
+    lockout: Duration = Field("15m", gt=0, description="how long an address is locked out")  # type: ignore[assignment]
+    delay: Duration = Field("1s", le=20, description="how late a failed login is answered")  # type: ignore[assignment]
+    known_for: Duration = Field("30d", description="how long an address belongs to a user who sent mail from it")  # type: ignore[assignment]
+
+
+def _network(ip: str) -> str:
+    """What an attacker has to have another of."""
+    if ":" not in ip:
+        return ip
+    return str(ipaddress.ip_network(f"{ip}/64", strict=False))
+
+
+class _Note:
+    """What is known of a session: the user that was asked for, and whether its success is noted."""
+
+    __slots__ = ("noted", "user")
+
+    def __init__(self, user: str) -> None:
+        self.user = user
+        self.noted = False
+
+
+class Plugin:
+    """Counts in the shared state, under keys that begin with `auth:`."""
+
+    def __init__(self, config: Config, services: Any) -> None:
+        self._config = config
+        self._services = services
+
+    @hookimpl
+    def check_connect(self, session: Session) -> Verdict | None:
+        """Turns away an address that is locked out and that no user is known at."""
+        if session.role != "submission" or session.relay_network:
+            return None
+        state, address = self._services.state, _network(session.peer_ip)
+        if state.get(f"auth:lock:{address}") and not state.get(f"auth:friend:{address}"):
+            return disconnect("Too many failed logins, try again later")
+        return None
+
+    @hookimpl
+    def permit_auth(self, session: Session, credentials: Credentials) -> Verdict | None:
+        """A deferral where no more tries are granted; else None, and others decide."""
+        user = _user(credentials.user)
+        session.notes[NAME] = _Note(user)
+        state, config, address = self._services.state, self._config, _network(session.peer_ip)
+        if state.get(f"auth:known:{address} {user}"):
+            locked = state.get(f"auth:pair:{address} {user}", 0) >= config.address_failures * KNOWN_FACTOR
+        else:
+            locked = bool(state.get(f"auth:lock:{address}"))
+            if not locked and state.get(f"auth:user:{user}", 0) >= config.user_failures:
+                locked = state.get(f"auth:address:{address}", 0) >= 1
+        if not locked:
+            return None
+        self._wait()
+        return defer("Too many failed logins, try again later", 454, "4.7.0")
+
+    @hookimpl
+    def on_refused(self, session: Session, transaction: Transaction | None, stage: str, reply: Reply) -> None:
+        """Counts a failed login, and has its answer wait."""
+        if stage != "auth" or reply.code != 535:
+            return
+        state, config, address = self._services.state, self._config, _network(session.peer_ip)
+        note = session.notes.get(NAME)
+        failures = state.add(f"auth:address:{address}", 1, config.window)
+        if note is not None:
+            state.add(f"auth:user:{note.user}", 1, config.window)
+            state.add(f"auth:pair:{address} {note.user}", 1, config.window)
+        if failures >= config.address_failures:
+            if failures == config.address_failures:
+                self._services.log.warning("locked out", ip=address, failures=int(failures), seconds=config.lockout)
+            state.set(f"auth:lock:{address}", True, config.lockout)
+        self._wait()
+
+    @hookimpl
+    def check_mail(self, session: Session, transaction: Transaction) -> Verdict | None:
+        """Notes once a session from where a user sends mail; has no objection."""
+        note = session.notes.get(NAME) if session.user is not None else None
+        if note is None or note.noted or not self._config.known_for:
+            return None
+        note.noted = True
+        state, address = self._services.state, _network(session.peer_ip)
+        state.set(f"auth:known:{address} {_user(session.user or '')}", True, self._config.known_for)
+        state.set(f"auth:friend:{address}", True, self._config.known_for)
+        return None
+
+    def _wait(self) -> None:
+        if self._config.delay:
+            gevent.sleep(self._config.delay)
+
+
+def _user(name: str) -> str:
+    """A user's name as it is counted: not to be escaped by another spelling."""
+    local, at, domain = name.strip().lower().rpartition("@")
+    return f"{local}@{domain_key(domain)}" if at else domain
