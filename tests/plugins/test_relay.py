@@ -429,6 +429,12 @@ def test_lanes_and_sections() -> None:
         Lmtp("out", Lmtp.Config(), services)
 
 
+def test_every_key_is_documented() -> None:
+    docs = (Path(__file__).parents[2] / "docs/transports.md").read_text()
+    for key in set(Relay.Config.model_fields) - {"timeout", "on_error"}:
+        assert f"`{key}`" in docs, key
+
+
 @pytest.mark.parametrize(("text", "parts"), [("h", ("h", 25)), ("h:26", ("h", 26)), ("[::1]:26", ("::1", 26)), ("::1", ("::1", 25))])
 def test_split_host(text: str, parts: tuple[str, int]) -> None:
     assert split_host(text, 25) == parts
