@@ -17,7 +17,6 @@ LARGE octets are put together in a native thread, in a file without a name, so t
 from __future__ import annotations
 
 import json
-import mmap
 import re
 import secrets
 import tempfile
@@ -36,7 +35,7 @@ from gmta import Duration, PluginConfig, Verdict, defer, hookimpl, reject
 from gmta.config import ExistingFile
 from gmta.mail import mime
 from gmta.mail.address import Address, domain_key
-from gmta.mail.message import FileBody, MemoryBody, Message
+from gmta.mail.message import Message
 from gmta.mail.session import AuthResult, Recipient, Session, Transaction
 from gmta.services.webhooks import Answer, Body, BytesBody, Endpoint, PostFailed, Secrets, split_url
 
@@ -176,13 +175,7 @@ class Writer:
         return SpooledBody(file)
 
     def _write(self, write: Callable[[bytes], Any], facts: dict[str, Any], message: Message, boundary: str) -> None:
-        body = message.body
-        if isinstance(body, MemoryBody):
-            self._write_document(write, facts, message, mime.read_parts(message.header, body.data), boundary)
-            return
-        assert isinstance(body, FileBody)
-        with open(body.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            root = mime.read_parts(message.header, view, body.offset, body.offset + body.size)
+        with mime.parts_of(message) as root:
             self._write_document(write, facts, message, root, boundary)
 
     def _write_document(self, write: Callable[[bytes], Any], facts: dict[str, Any], message: Message, root: mime.Part, boundary: str) -> None:

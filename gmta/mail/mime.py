@@ -11,12 +11,16 @@ RFC 2183, RFC 2231, RFC 5322.
 from __future__ import annotations
 
 import binascii
+import mmap
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from encodings import normalize_encoding
 from encodings.aliases import aliases
 from types import MappingProxyType
 from typing import Any
+
+from gmta.mail.message import FileBody, Message
 
 MAX_DEPTH = 100
 MAX_PARTS = 1000
@@ -212,6 +216,17 @@ def _run(run: bytes) -> bytes:
     if rest == 1:
         run = run[:-1]
     return binascii.a2b_base64(run + b"=" * (-len(run) % 4))
+
+
+@contextmanager
+def parts_of(message: Message) -> Iterator[Part]:
+    """The tree of a message, good within the block; a body in a file is mapped, which raises OSError where it can't be."""
+    body = message.body
+    if isinstance(body, FileBody):
+        with open(body.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            yield read_parts(message.header, view, body.offset, body.offset + body.size)
+    else:
+        yield read_parts(message.header, body.data)
 
 
 def read_parts(header: bytes, body: Any, start: int = 0, end: int | None = None) -> Part:
