@@ -14,7 +14,7 @@ import quopri
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gmta.mail.address import NULL, Address
 from gmta.mail.envelope import Envelope, RecipientState
@@ -106,8 +106,16 @@ def envelope_for(about: Envelope, to: Address, queue_id: str, size: int, now: fl
     """The report's own envelope: from the null sender (RFC 3461 section 6.1, RFC 5321 section 4.5.5) to `to`."""
     # RFC 3461 section 6.1: NOTIFY=NEVER, since nobody can be told about a report
     recipient = RecipientState(0, to, notify=frozenset({"NEVER"}), next_attempt_at=now)
-    return Envelope(queue_id, NULL, [recipient], size, now, body="8BITMIME", smtputf8=not to.is_ascii,
-                    facts={"protocol": "local", "about": about.id})
+    facts: dict[str, Any] = {"protocol": "local", "about": about.id}
+    if about.facts.get("requiretls"):
+        facts["requiretls"] = True  # RFC 8689 section 5
+    return Envelope(queue_id, NULL, [recipient], size, now, body="8BITMIME", smtputf8=not to.is_ascii, facts=facts)
+
+
+def returns_whole(envelope: Envelope, mode: str) -> bool:
+    """Whether the message itself may go back, by [queue] return_message and whose it is; how it is and RET have their say besides."""
+    # RFC 8689 section 5: never a message that must not leave without TLS
+    return not envelope.facts.get("requiretls") and (mode == "always" or (mode == "trusted" and trusted(envelope)))
 
 
 def build(kind: str, envelope: Envelope, notices: Sequence[Notice], message: Message | None, *, hostname: str, queue_id: str, now: float,

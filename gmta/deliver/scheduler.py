@@ -549,12 +549,11 @@ class Scheduler:
         envelope = job.envelope
         if job.message is None:
             job.message = self._load(envelope.id)
-        mode = self._config.queue.return_message
         queue_id = self._ids.new()
         lifetime = min(self._times_for(envelope, notice.recipient).lifetime for notice in notices)
         text = bounce.build(kind, envelope, notices, job.message, hostname=self._services.hostname, queue_id=queue_id, now=now,
                             retry_until=envelope.received_at + lifetime, to=to,
-                            whole=mode == "always" or (mode == "trusted" and bounce.trusted(envelope)))
+                            whole=bounce.returns_whole(envelope, self._config.queue.return_message))
         born = bounce.envelope_for(envelope, to, queue_id, text.size, now)
         if not envelope.sender:
             born.facts["double_bounce"] = True  # it is not to be reported in its turn

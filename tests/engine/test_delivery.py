@@ -440,7 +440,8 @@ def test_expansion_is_reported_once_and_the_members_are_not(world: Callable[...,
 
 @pytest.mark.parametrize(("mode", "facts", "ret", "whole"), [
     ("trusted", {"trusted": True}, "", True), ("trusted", {}, "", False), ("trusted", {}, "FULL", False),
-    ("trusted", {"trusted": True}, "HDRS", False), ("always", {}, "", True), ("never", {"trusted": True}, "FULL", False)])
+    ("trusted", {"trusted": True}, "HDRS", False), ("always", {}, "", True), ("never", {"trusted": True}, "FULL", False),
+    ("always", {"trusted": True, "requiretls": True}, "FULL", False)])
 def test_whose_message_goes_back_whole(world: Callable[..., World], mode: str, facts: dict[str, Any], ret: str, whole: bool) -> None:
     it = world(FakeTransport(only_reports(failed("no"))), sections={"queue": {"return_message": mode}})
     envelope = Envelope(it.ids.new(), Address.parse("a@b.example"), [RecipientState(0, Address("x", "c.example"))], 10, START, ret=ret, facts=facts)
@@ -448,6 +449,7 @@ def test_whose_message_goes_back_whole(world: Callable[..., World], mode: str, f
     it.scheduler.accept(envelope, MESSAGE)
     it.settle()
     assert ("\r\nbody\r\n" in reports(it)[0]) is whole
+    assert it.transport.seen[-1].envelope.facts.get("requiretls") == facts.get("requiretls")  # RFC 8689 section 5
 
 
 def test_a_report_that_fails_is_logged_and_told_to_the_postmaster_once(world: Callable[..., World]) -> None:
