@@ -11,6 +11,8 @@ quarantine is to set the tag `quarantine` on the transaction, which a transport 
 `dmarc-RESULT`. `trusted_sealers`: domains whose ARC seal overrides a failure. Then `arc` stands before this plugin too, and a
 failure is not acted upon where the chain passes and a trusted sealer, with none behind it that is not trusted, saw DMARC pass.
 
+What was found and done is left for other plugins in `transaction.notes["dmarc"]`: (DmarcResult, action, overriding sealer or "").
+
 Replies: 550 5.7.1 for what is refused, 451 4.7.0 for temperror. RFC 9989 sections 5.3 and 7.2.
 """
 
@@ -33,6 +35,7 @@ from gmta.verify.dmarc import DmarcResult, authors_of, evaluate
 MAX_TEXT = 400  # of a reply
 MAX_RESULTS, MAX_NESTED = 8192, 5  # octets of a sealer's results, and comments within comments, that are looked at
 QUARANTINE = "quarantine"
+NOTE = "dmarc"
 
 _NOT_RESULTS = re.compile(r'"(?:[^"\\]|\\.)*"|\((?:[^()\\]|\\.)*\)')
 _DMARC_PASS = re.compile(r"\s*dmarc\s*=\s*pass(?=\s|\Z)(?:.*?\sheader\.from\s*=\s*(\S+))?", re.I | re.S)
@@ -66,6 +69,7 @@ class Plugin:
         sealer = self._sealer(transaction.notes.get("arc"), outcome)
         action = "ignore" if sealer or not self._config.honour else self._action(outcome)
         transaction.auth_results.append(_auth_result(outcome, sealer))
+        transaction.notes[NOTE] = (outcome, action, sealer)
         if action == "ignore":
             return None
         if action == "reject":

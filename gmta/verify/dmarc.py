@@ -318,6 +318,23 @@ def evaluate(asks: Asks, authors: Authors, spf: tuple[str, str], dkim: Sequence[
     return outcome
 
 
+def organization_of(asks: Asks, domain: str) -> str | None:
+    """The organizational domain of a name (RFC 9989 section 4.10.2), None where DNS can't tell now."""
+    try:
+        return _Walks(asks, None).walk(domain)[0]
+    except _Unknown:
+        return None
+
+
+def is_aligned(asks: Asks, author: str, domain: str, *, strict: bool) -> bool:
+    """Whether an identifier's domain is aligned with the author's (RFC 9989 section 4.4); False where DNS can't tell now."""
+    author, domain = _name(author), _name(domain)
+    try:
+        return bool(domain) and (domain == author or (not strict and _same_organization(_Walks(asks, None), author, domain)))
+    except _Unknown:
+        return False
+
+
 class Identifier(NamedTuple):
     """What SPF or a signature says of a domain."""
 
