@@ -608,6 +608,10 @@ def test_more_lanes_than_a_search_looks_at_all_get_their_turn(world: Callable[..
             it.put_away(f"u@busy{n:03d}.example")
     it.clock.now += 1
     free = [it.put_away(f"u@zz{n}.example") for n in range(3)]
+    new = Envelope(it.ids.new(), Address.parse("a@b.example"), [RecipientState(0, Address.parse("u@new.example"), next_attempt_at=it.clock.now)])
+    it.store.put(new, MESSAGE)
+    it.store.release(new)  # in no lane yet
+    free.append(new.id)
     found: list[str] = []
     for _ in range(10):
         found += [envelope.id for envelope in it.store.due(it.clock.now, 5, busy, (), 2)]
