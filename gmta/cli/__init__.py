@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType({
     "auth": "gmta.cli.auth",
     "dmarc": "gmta.cli.auth",
     "dkim": "gmta.cli.dkim",
+    "webhook": "gmta.cli.webhook",
     "user": "gmta.cli.user",
 })
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gmta.mail.address import domain_key
+from gmta.mail.envelope import Envelope
+from gmta.mail.message import Message
 from gmta.queue import schema
 from gmta.queue.store import Event
 
@@ -97,6 +99,16 @@ class QueueAdmin:
             row = connection.execute(f"SELECT {schema.OCTETS} FROM message WHERE id = ?", (id,)).fetchone()
             if row is not None:
                 return schema.message_of(row, spool).chunks()
+        return None
+
+    def load(self, id: str) -> tuple[Envelope, Message] | None:
+        """A queued message with all recipients that are not forgotten yet, or None."""
+        for spool, connection in self._shards:
+            row = connection.execute(f"SELECT {schema.ENVELOPE} FROM message m WHERE id = ?", (id,)).fetchone()
+            octets = connection.execute(f"SELECT {schema.OCTETS} FROM message WHERE id = ?", (id,)).fetchone()
+            if row is not None and octets is not None:
+                rows = connection.execute(f"SELECT {schema.RECIPIENT} FROM recipient r WHERE message = ? ORDER BY number", (id,))
+                return schema.envelope_of(row, [schema.recipient_of(one) for one in rows]), schema.message_of(octets, spool)
         return None
 
     def stats(self) -> dict[str, Any]:
