@@ -119,8 +119,9 @@ class Connection:
         protocol = ServerProtocol(extensions, pipeline.hostname, require_auth=bool(self._listener.auth_required), bounds=pipeline.bounds,
                                   normalize=self._listener.bare_newline == "normalize")
         protocol.require_tls = self._listener.tls == "required"
-        protocol.tls = self.session.tls is not None
-        self._settle(protocol)
+        if self.session.tls is not None:
+            protocol.tls = True
+            self._settle(protocol)
         return protocol
 
     def _settle(self, protocol: ServerProtocol) -> None:
