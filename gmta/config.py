@@ -744,8 +744,8 @@ class Config:
                 if not self.lanes[name].match and not self.lanes[name].match_mx:
                     return [f"{section.where()}: expected match or match_mx, to say what it is about"]
             elif kind == "queue":
-                dot = "." if name.startswith(".") else ""
-                self.queue_domains[dot + domain_key(name.removeprefix("."))] = self.validate(QueueDomain, section)
+                check_domain(name.removeprefix("."))
+                self.queue_domains["." * name.startswith(".") + domain_key(name.removeprefix("."))] = self.validate(QueueDomain, section)
             else:
                 if name in TARGETS:
                     return [f"{section.where()}: expected another name, {name} is a route target of its own"]
@@ -753,6 +753,8 @@ class Config:
                 self.transports[name] = section
         except ConfigError as error:
             return error.errors
+        except AddressError as error:
+            return [f"{section.where()}: expected a domain behind the colon ({error})"]
         return []
 
     def _listeners(self, sections: dict[str, Section]) -> list[str]:

@@ -13,6 +13,7 @@ import gevent
 import pytest
 from gevent.event import Event as Signal
 
+from gmta.config import ConfigError, reply_rules
 from gmta.deliver import lanes as lanes_module
 from gmta.deliver.lanes import Health, Lane, Lanes
 from gmta.deliver.scheduler import Scheduler
@@ -481,3 +482,35 @@ def test_dead_and_busy_destinations_do_not_hold_up_the_live(monkeypatch: pytest.
         assert envelope.recipients[0].attempts <= 3
     attempts = [envelope.recipients[0].attempts for envelope in scheduler._store.messages.values()]
     assert len(attempts) == 900 and sum(attempts) == 900
+
+
+# --- the sections ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("[lane:x]\nrate = 1/s", "expected match or match_mx"),
+    ("[lane:x]\nmatch = a$b", "expected names such as"),
+    ("[lane:x]\nmatch = a\nrate = often", "expected a rate such as"),
+    ("[lane:x]\nmatch = a\nconnections = -1", "[lane:x] connections"),
+    ("[lane:x]\nmatch = a\non_reply = 421 -> stop", "expected lines such as"),
+    ("[lane:x]\nmatch = a\non_reply = 250 -> pause 1m", "expected lines such as"),
+    ("[queue:bad..domain]\nretry = 1m", "expected a domain"),
+    ("[queue:c.example]\nretry = soon", "expected a time such as"),
+    ("[queue]\ndouble_bounce = nobody", "expected an address"),
+    ("[queue]\nreturn_message = sometimes", "expected one of"),
+])
+def test_what_is_wrong_is_said(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        make_config(text)
+    assert said in str(found.value)
+
+
+@pytest.mark.parametrize(("rule", "code", "enhanced", "text", "matches"), [
+    ("421", 421, "4.7.0", "x", True), ("421", 421, None, "x", True), ("421", 421, "4.3.2", "x", True), ("421", 450, "4.7.0", "x", False),
+    ("421 4.7.0", 421, "4.7.0", "x", True), ("421 4.7.0", 421, "4.7.1", "x", False), ("421 4.7.0", 421, None, "4.7.0 x", False),
+    ("421 4.7.x", 421, "4.7.28", "x", True), ("4xx Too Many", 451, "4.7.0", "sent too many", True), ("4xx too many", 451, None, "few", False),
+    ("45x 4.7.0 rate", 452, "4.7.0", "Rate limit", True), ("45x", 421, None, "", False),
+])
+def test_on_reply(rule: str, code: int, enhanced: str | None, text: str, matches: bool) -> None:
+    (one,) = reply_rules(f"{rule} -> pause 90s")
+    assert one.pause_s == 90 and one.matches(Reply(code, enhanced, text)) is matches
