@@ -106,7 +106,10 @@ def text_line(stamp: str, level: str, event: str, fields: dict[str, Any]) -> byt
             parts.append(f"{name}={value}")
             continue
         text = value if value.__class__ is str else value_text(value)
-        if _BARE.match(text) is None:
+        if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:  # most are: no search is needed
+            if not text or " " in text:
+                text = f'"{text}"'
+        elif _BARE.match(text) is None:
             text = '"' + _ESCAPED.sub(_escape, text) + '"'
         parts.append(f"{name}={text}")
     return (" ".join(parts) + "\n").encode("utf-8", "backslashreplace")
