@@ -470,7 +470,7 @@ def time_for_the_live(monkeypatch: pytest.MonkeyPatch, *, dead: int, busy: int, 
 def test_dead_and_busy_destinations_do_not_hold_up_the_live(monkeypatch: pytest.MonkeyPatch) -> None:
     alone, _, scheduler = time_for_the_live(monkeypatch, dead=0, busy=0)
     scheduler.stop(1)
-    among, network, scheduler = time_for_the_live(monkeypatch, dead=200, busy=100, seconds=2000)
+    among, network, scheduler = time_for_the_live(monkeypatch, dead=200, busy=100, seconds=1000)
     scheduler.stop(1)
     print(f"alone {alone:.2f} s, among dead and busy ones {among:.2f} s")
     assert among <= 1.2 * alone
