@@ -284,13 +284,13 @@ class SmtpClient:
             return {recipient.number: refusal for recipient in recipients}
         outcomes: dict[int, Outcome] = {}
         try:
-            waiting = list(recipients)
+            waiting: Sequence[RecipientState] = recipients
+            limited = self._limits.rcpt or self._limits.rcpt_domain
             if envelope.facts.get("requiretls") and ("REQUIRETLS" not in self._protocol.extensions or not self.verified):
                 raise self._no_requiretls()
             while waiting:
-                part, rest = self._portion(waiting)
-                again = self._transaction(envelope, part, message, outcomes)
-                waiting = again + rest
+                part, rest = self._portion(waiting) if limited else (waiting, ())
+                waiting = [*self._transaction(envelope, part, message, outcomes), *rest]
                 if waiting and not self.usable:
                     failure = self._lost(f"{self.remote} takes no more in this session", "4.5.3")
                     failure.again = True
@@ -308,7 +308,7 @@ class SmtpClient:
         """The remote can't promise what the sender asked for (RFC 8689 section 4.2.1); another one may."""
         return ConnectionFailed(failed(f"{self.remote} does not support REQUIRETLS", enhanced="5.7.30", remote=self.remote))
 
-    def _portion(self, recipients: list[RecipientState]) -> tuple[list[RecipientState], list[RecipientState]]:
+    def _portion(self, recipients: Sequence[RecipientState]) -> tuple[Sequence[RecipientState], Sequence[RecipientState]]:
         """(recipients of the next transaction, the rest), as LIMITS asks for (RFC 9422 section 4)."""
         most, domains = self._limits.rcpt or len(recipients), self._limits.rcpt_domain
         if not domains:
@@ -325,7 +325,7 @@ class SmtpClient:
                 rest.append(recipient)
         return part, rest
 
-    def _transaction(self, envelope: Envelope, recipients: list[RecipientState], message: Message,
+    def _transaction(self, envelope: Envelope, recipients: Sequence[RecipientState], message: Message,
                      outcomes: dict[int, Outcome]) -> list[RecipientState]:
         """One mail transaction; returns the recipients that the remote wants in another one."""
         protocol, settings = self._protocol, self.settings
