@@ -118,6 +118,10 @@ class SpooledBody:
         self._file.seek(0)
         return iter(lambda: self._file.read(mime.PIECE), b"")
 
+    def close(self) -> None:
+        """Gives the space back."""
+        self._file.close()
+
 
 class MessageBody:
     """The message itself."""
@@ -131,6 +135,9 @@ class MessageBody:
     def pieces(self) -> Iterator[bytes]:
         """The octets from the start."""
         return self._message.chunks()
+
+    def close(self) -> None:
+        """Nothing to do: the queue's."""
 
 
 @dataclass(slots=True)
@@ -171,8 +178,12 @@ class Writer:
     def _spool(self, facts: dict[str, Any], message: Message, boundary: str) -> Body:
         """In a native thread."""
         file = tempfile.TemporaryFile(dir=self._data_dir)  # noqa: SIM115 - it lives as long as the body
-        self._write(file.write, facts, message, boundary)
-        return SpooledBody(file)
+        try:
+            self._write(file.write, facts, message, boundary)
+            return SpooledBody(file)
+        except BaseException:
+            file.close()
+            raise
 
     def _write(self, write: Callable[[bytes], Any], facts: dict[str, Any], message: Message, boundary: str) -> None:
         with mime.parts_of(message) as root:
@@ -340,10 +351,15 @@ class Webhook:
         self._endpoint = make_endpoint(services, config, config.url, config.secret)
         self._writer = Writer(config, services.hostname, core.gmta.data_dir, self._heavy)
 
-    def requests(self, delivery: Any) -> list[tuple[list[Any], Request]]:
-        """(recipients, request) of a delivery; raises OSError."""
+    def requests(self, delivery: Any) -> Iterator[tuple[list[Any], Request]]:
+        """(recipients, request) of a delivery, each good until the next; raises OSError."""
         groups = [[one] for one in delivery.recipients] if self._config.format == "raw" else [delivery.recipients]
-        return [(group, self._request(delivery, group)) for group in groups]
+        for group in groups:
+            request = self._request(delivery, group)
+            try:
+                yield group, request
+            finally:
+                request.body.close()
 
     def headers(self, request: Request) -> dict[str, str]:
         """The headers of a request, signed now."""
@@ -485,8 +501,11 @@ class Plugin:
                  "tags": sorted(transaction.tags), "authentication": [_shown_result(one) for one in transaction.auth_results]}
         try:
             request = self._writer.request(facts, message, {})
-            answer = endpoint.post(request.id, request.content_type, request.body, request.extra,
-                                   heavy=self._heavy if request.body.length > LARGE else None)
+            try:
+                answer = endpoint.post(request.id, request.content_type, request.body, request.extra,
+                                       heavy=self._heavy if request.body.length > LARGE else None)
+            finally:
+                request.body.close()
             if not 200 <= answer.status < 300:
                 raise PostFailed(f"{endpoint.host} answered {answer.status} {_first_line(answer)}")
             return self._understand(answer, transaction)

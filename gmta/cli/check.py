@@ -72,7 +72,7 @@ def _values(settings: BaseModel) -> dict[str, Any]:
 
 def _open(key: str, value: Any) -> Any:
     """A setting's value; a secret's stays hidden."""
-    if value and ("password" in key or "secret" in key) and not key.endswith("_file"):
+    if value and ("password" in key or "secret" in key or key == "authorization") and not key.endswith("_file"):
         return HIDDEN
     if key == "address" and isinstance(value, list):
         return [_address(one) for one in value] if value and isinstance(value[0], list) else _address(value)

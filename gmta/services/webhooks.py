@@ -63,6 +63,9 @@ class Body(Protocol):
     def pieces(self) -> Iterator[bytes]:
         """The octets from the start; raises OSError."""
 
+    def close(self) -> None:
+        """Nobody asks for it any more."""
+
 
 class BytesBody:
     """A body in memory."""
@@ -76,6 +79,9 @@ class BytesBody:
     def pieces(self) -> Iterator[bytes]:
         """The octets in one piece."""
         yield self.data
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 @dataclass(slots=True)

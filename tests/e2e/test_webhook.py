@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import smtplib
 import ssl
 from collections.abc import Iterator
@@ -172,11 +174,51 @@ ca_file = ca.pem
     check_signatures(heard)
 
 
-def resident_kb(gmta: Gmta) -> int:
-    """The most that a worker has resident."""
+def test_killed_workers_lose_nothing(gmta: Gmta, peer: HttpPeer) -> None:
+    serve(gmta, peer)
+    acknowledged: list[str] = []
+
+    def deliver_some(count: int) -> None:
+        with smtplib.SMTP("127.0.0.1", gmta.port, timeout=30) as client:
+            client.ehlo("client.example")
+            for _ in range(count):
+                client.mail("sender@example.test")
+                client.rcpt("user@example.test")
+                code, text = client.data(MAIL)
+                assert code == 250
+                acknowledged.append(text.decode().rpartition(" ")[2])
+
+    for _ in range(3):
+        deliver_some(20)
+        (worker,) = workers(gmta)
+        os.kill(worker, signal.SIGKILL)
+        until(lambda gone=worker: gone not in workers(gmta) and len(workers(gmta)) == 1, "another worker")
+    deliver_some(5)
+    until(lambda: not queued(gmta), "end of the queue")
+    seen: dict[str, bool] = {}
+    for one in peer.heard:
+        name = one.headers["webhook-id"]
+        assert name not in seen or one.headers["gmta-retry"] == "yes"  # none twice without being marked
+        seen[name] = True
+    assert set(acknowledged) <= seen.keys()
+
+
+def workers(gmta: Gmta) -> list[int]:
     assert gmta.process is not None
     children = Path(f"/proc/{gmta.process.pid}/task/{gmta.process.pid}/children").read_text().split()
-    found = [int(line.split()[1]) for child in children for line in Path(f"/proc/{child}/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    found = []
+    for child in children:
+        try:
+            if b"gmta.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+        except FileNotFoundError:
+            pass  # it ended just now
+    return found
+
+
+def resident_kb(gmta: Gmta) -> int:
+    """The most that a worker has resident."""
+    found = [int(line.split()[1]) for child in workers(gmta) for line in Path(f"/proc/{child}/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return max(found)
 
 

@@ -259,7 +259,7 @@ def test_payload_of_two_hundred_odd_messages_is_valid(peers: Make, transport: Ma
     validator = jsonschema.Draft202012Validator(SCHEMA)
     count = 0
     for name, raw in odd_messages():
-        ((_, request),) = one.requests(delivery(Message.from_bytes(raw)))
+        _, request = next(one.requests(delivery(Message.from_bytes(raw))))
         body = json.loads(b"".join(request.body.pieces()).decode("utf-8", "strict"))
         assert not list(validator.iter_errors(body)), name
         for file in body["attachments"]:
@@ -369,6 +369,13 @@ def test_name_is_resolved_and_the_request_goes_to_that_address(peers: Make, tran
     outcome = one.deliver(delivery())[0]
     assert outcome.status is Status.DELIVERED and outcome.remote == f"127.0.0.1:{peer.port}"
     assert peer.heard[0].headers["host"] == f"hook.example:{peer.port}"
+
+
+def test_address_of_the_next_generation(peers: Make, transport: Make) -> None:
+    peer = peers(host="::1")
+    outcome = transport(f"http://[::1]:{peer.port}/").deliver(delivery())[0]
+    assert outcome.status is Status.DELIVERED, outcome
+    assert peer.heard[0].headers["host"] == f"[::1]:{peer.port}"
 
 
 @pytest.mark.parametrize("url", ["ftp://a/", "http://", "http://u:p@a/", "http://a/#x", "http://a b/", "http://a:99999/", "http://ä/", "a"])
