@@ -59,7 +59,7 @@ class TransportConfig(PluginConfig):
     greeting_timeout: Duration = 300.0
     command_timeout: Duration = 300.0
     data_timeout: Duration = 600.0
-    attempt_timeout: Duration = Field(1800.0, description="for one host and message, whatever happens")
+    attempt_timeout: Duration = Field(1800.0, description="for a message with one host, and for going on to others")
     idle_timeout: Duration = 5.0
 
     @field_validator("source")
@@ -89,6 +89,8 @@ class Relay:
         self._hosts = [split_host(text, config.port) for text in config.host]
         if self.lmtp and not self._hosts:
             raise ValueError("host: expected ADDRESS:PORT, lmtp has no MX")
+        if config.username and not self._hosts:
+            raise ValueError("host: expected where username is, credentials are not for whatever MX records name")
         core, hostname = services.config, services.hostname
         self._settings = Settings(
             config.helo or hostname, self.lmtp, config.username, config.password, config.connect_timeout, config.greeting_timeout,
@@ -141,6 +143,8 @@ class Relay:
                 outcomes = failure.outcomes
                 if not failure.certain:
                     return _rest(delivery, outcomes, failure.outcome)
+                if not failure.outcome.own:
+                    delivery.tried(failure.outcome)
         try:
             targets = self._hops.smart_hosts(self._hosts) if self._hosts else self._hops.targets(delivery.next_hop)
         except NoTargets as none:
@@ -150,6 +154,8 @@ class Relay:
     def _try(self, delivery: Any, targets: list[Target], outcomes: dict[int, gmta.Outcome]) -> dict[int, gmta.Outcome]:
         """One host after the other, until there is nothing left to say."""
         verdict: gmta.Outcome | None = None
+        clock = self._services.deadlines.clock
+        until = clock() + self._config.attempt_timeout
         for _ in range(MAX_SESSIONS):
             target = targets.pop(0)
             try:
@@ -169,7 +175,7 @@ class Relay:
                 outcome = unusable.outcome
             if verdict is None or outcome.status is Status.DEFERRED:  # for good only where all hosts say so
                 verdict = outcome
-            if not targets:
+            if not targets or clock() >= until:
                 break
             delivery.tried(outcome)
         if self._hosts and verdict is not None and verdict.status is Status.FAILED and not verdict.own:

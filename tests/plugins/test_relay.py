@@ -258,7 +258,7 @@ def test_a_kept_connection_that_ends_is_replaced_at_once(make: Make, host: Host,
     peer = host(greet + message + "C: MAIL\n" + ending, keywords=keywords)
     out = make(peer.address)
     assert statuses(out.send() + out.send()) == [DELIVERED, DELIVERED]
-    assert peer.connections == 2 and len(peer.messages) == 2
+    assert peer.connections == 2 and len(peer.messages) == 2 and out.tried == (["421 4.3.2 enough"] if "421" in ending else [])
 
 
 def test_a_kept_connection_that_was_closed_is_not_used(make: Make, host: Host) -> None:
@@ -310,10 +310,10 @@ def test_remotes_that_fall_silent_or_mad(make: Make, host: Host, where: str, end
 
 
 def test_an_attempt_has_an_end(make: Make, host: Host) -> None:
-    drip = "S: 220 x\nC: EHLO\n" + "S: 250-x\nC: ^NEVER\n"
-    peer = host(drip)
-    outcome = make(peer.address, attempt_timeout="0.3s").send()[0]
-    assert outcome.status is DEFERRED and "Timeout" in outcome.reply.text
+    peer, other = host("S: 220 x\nC: EHLO\nS: 250-x\nHANG"), host()
+    out = make(peer.address, other.address, attempt_timeout="0.3s")
+    outcome = out.send()[0]
+    assert outcome.status is DEFERRED and "Timeout" in outcome.reply.text and not other.sessions
 
 
 def test_quit_is_sent_wherever_somebody_listens(make: Make, host: Host) -> None:
@@ -427,6 +427,8 @@ def test_lanes_and_sections() -> None:
     assert Relay("out", Relay.Config(host=["127.0.0.1:25"]), services).next_hop(Address("x", "C.example")) == ""
     with pytest.raises(ValueError, match="lmtp has no MX"):
         Lmtp("out", Lmtp.Config(), services)
+    with pytest.raises(ValueError, match="not for whatever MX"):
+        Relay("out", Relay.Config(username="me", password="secret"), services)
 
 
 def test_every_key_is_documented() -> None:
