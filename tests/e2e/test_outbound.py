@@ -162,6 +162,7 @@ smtpd_tls_security_level = may
 smtpd_tls_loglevel = 1
 smtpd_tls_received_header = yes
 smtpd_client_connection_count_limit = 0
+smtpd_recipient_restrictions = check_recipient_access inline:{{{{nobody@to-none.secure.example = REJECT no such user}}}}
 maillog_file = {directory}/log
 maillog_file_prefixes = {directory}
 """)
@@ -407,6 +408,18 @@ def test_what_comes_to_postfix_and_how(world: World, domain: str, kind: str, tls
     (message,) = world.postfix.got(domain)
     assert message.endswith(b"\n\n" + b"..line\n" * 3)
     assert (b"using TLSv1." in message.partition(b"\n\n")[0]) == bool(tls)
+
+
+def test_recipients_that_postfix_refuses(world: World) -> None:
+    """The message is out with its envelope before the answers come, and Postfix throws it away where nobody takes it."""
+    for subject, names, kinds in (("mixed", ("nobody", "user"), {"failed", "delivered"}), ("refused", ("nobody",), {"failed"}),
+                                  ("fine again", ("user",), {"delivered"})):
+        queue_id = world.send(subject, *(f"{name}@to-none.secure.example" for name in names))
+        world.outcome(queue_id)
+        events = json.loads(world.gmta.command("trace", queue_id, "--json").stdout)
+        assert {event["kind"] for event in events} & {"failed", "delivered", "deferred"} == kinds
+        assert all("no such user" in event["data"]["reply"] for event in events if event["kind"] == "failed")
+        until(lambda subject=subject, kinds=kinds: len(world.postfix.got(subject)) == ("delivered" in kinds), subject)  # type: ignore[misc]
 
 
 def test_self_test_and_reports(world: World) -> None:
