@@ -116,12 +116,13 @@ def _keys(found: Any) -> list[dict[str, Any]]:
 
 @click.command()
 @click.argument("address")
+@click.option("--sender", default="someone@elsewhere.invalid", help="whose mail it is; <> for reports")
 @config_option
 @json_option
-def route(address: str, path: str | None, as_json: bool) -> None:
+def route(address: str, sender: str, path: str | None, as_json: bool) -> None:
     """How an address would be accepted from a stranger, and where each of its recipients would go."""
     from gmta.deliver.router import Router
-    from gmta.mail.address import NULL, Address, AddressError
+    from gmta.mail.address import Address, AddressError
     from gmta.mail.envelope import Envelope, RecipientState
     from gmta.mail.reply import NOT_PERMITTED
     from gmta.mail.session import Recipient, Session, Transaction
@@ -132,7 +133,11 @@ def route(address: str, path: str | None, as_json: bool) -> None:
         target = Address.parse(address.removeprefix("<").removesuffix(">"))
     except AddressError as error:
         raise click.UsageError(f"{clean(address)}: {error}") from error
-    verdict = manager.permit("permit_rcpt", Session("route", peer_ip="192.0.2.1"), Transaction("route", NULL), Recipient(target))
+    try:
+        whose = Address.parse(sender.removeprefix("<").removesuffix(">"))
+    except AddressError as error:
+        raise click.UsageError(f"{clean(sender)}: {error}") from error
+    verdict = manager.permit("permit_rcpt", Session("route", peer_ip="192.0.2.1"), Transaction("route", whose), Recipient(target))
     reply = NOT_PERMITTED if verdict is None else verdict.reply
     accepted = reply.code < 300
     targets = verdict.replace if verdict is not None and verdict.replace is not None else (target,)
@@ -141,7 +146,7 @@ def route(address: str, path: str | None, as_json: bool) -> None:
     ways = []
     for one in targets:
         state = RecipientState(0, one, transport=transport, fixed_transport=bool(transport))
-        way = router.route(Envelope("route", NULL, [state]), state)
+        way = router.route(Envelope("route", whose, [state]), state)
         if isinstance(way, Outcome):
             ways.append({"address": str(one), "transport": "", "next_hop": "", "outcome": way.status.value, "reply": str(way.reply)})
         else:

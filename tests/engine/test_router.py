@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
+from gmta.cli import main
 from gmta.config import ConfigError, TlsDemand
 from gmta.deliver.router import HELD_ROUTE, Route, Router
 from gmta.mail.address import NULL, Address
@@ -54,6 +57,33 @@ def test_what_a_sender_rule_may_be() -> None:
         with pytest.raises(ConfigError) as wrong:
             make_config(f"[route]\n{key} = mailbox\n")
         assert key.rstrip() in wrong.value.errors[0]
+
+
+def test_gmta_route_goes_by_the_sender(tmp_path: Path) -> None:
+    (tmp_path / "config.ini").write_text("""
+[gmta]
+hostname = mx.example.test
+[domains]
+relay_to = c.example
+[plugins]
+enable = access
+[transport:one]
+type = discard
+[transport:two]
+type = discard
+[route]
+from:<> = two
+from:boss@a.example = fail
+* = one
+""")
+
+    def told(*options: str) -> str:
+        done = CliRunner().invoke(main, ["route", "x@c.example", "-c", str(tmp_path / "config.ini"), *options])
+        return done.output.splitlines()[-1]
+
+    assert told() == "x@c.example: transport one" and told("--sender", "<>") == "x@c.example: transport two"
+    assert told("--sender", "boss@a.example").startswith("x@c.example: failed: 550 5.7.1") and "Usage" not in told("--sender", "a@b.example")
+    assert "no" in told("--sender", "nobody")
 
 
 def test_tls_policy_lines() -> None:
