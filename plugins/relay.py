@@ -141,7 +141,7 @@ class Relay:
                 return self._send(client, delivery)
             except ConnectionFailed as failure:
                 outcomes = failure.outcomes
-                if not failure.certain:
+                if not failure.certain or len(outcomes) == len(delivery.recipients):
                     return _rest(delivery, outcomes, failure.outcome)
                 if not failure.outcome.own:
                     delivery.tried(failure.outcome)
@@ -167,7 +167,7 @@ class Relay:
             except ConnectionFailed as failure:
                 outcomes |= failure.outcomes
                 outcome = failure.outcome
-                if not failure.certain:
+                if not failure.certain or len(outcomes) == len(delivery.recipients):
                     return _rest(delivery, outcomes, outcome)
                 if failure.again:
                     targets.insert(0, target)

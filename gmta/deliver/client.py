@@ -71,8 +71,8 @@ class Settings:
 class ConnectionFailed(Exception):
     """No (more) conversation with this host; `outcome` is for every recipient without one of its own in `outcomes`.
 
-    certain: the remote can't have taken the message, so that another connection may be tried at once.  connected: there was a TCP
-    connection.  again: a new connection to the same host may well do.  no_bdat: if BDAT is not used there.
+    certain: the remote can't have taken the message, so that another connection may be tried at once.  connected: somebody was
+    there.  again: a new connection to the same host may well do.  no_bdat: if BDAT is not used there.
     """
 
     def __init__(self, outcome: Outcome, *, certain: bool = True) -> None:
@@ -148,7 +148,7 @@ class SmtpClient:
                 self._socket.setsockopt(plain_socket.IPPROTO_TCP, plain_socket.TCP_NODELAY, 1)
             self._poll = _poll()
             self._poll.register(self._socket.fileno(), _READABLE)
-            greeting = self._read(settings.greeting_timeout, "the greeting")
+            greeting = self._greeting()
             if greeting.code != 220:
                 raise self._refused(greeting)
             self._hello()
@@ -164,6 +164,14 @@ class SmtpClient:
             self.close()
             raise
         self.usable = True
+
+    def _greeting(self) -> Reply:
+        """What the remote says first; one that says nothing counts as not there."""
+        try:
+            return self._read(self.settings.greeting_timeout, "the greeting")
+        except ConnectionFailed as failure:
+            failure.connected = self._heard
+            raise
 
     def _open_socket(self, timeout_s: float) -> None:
         """The TCP connection, from our address of the family where we have one; or one to a socket of this machine, by its path."""

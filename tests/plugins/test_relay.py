@@ -352,6 +352,21 @@ def test_a_dead_address_is_not_waited_for_again(make: Make, host: Host) -> None:
     assert len(out.tried) == 1 and len(good.messages) == 2
 
 
+def test_a_host_that_does_not_greet_is_as_good_as_dead(make: Make, host: Host) -> None:
+    silent, good = host("HANG", "HANG"), host()
+    out = make(silent.address, good.address, idle_timeout="0s", greeting_timeout="0.05s")
+    assert statuses(out.send() + out.send()) == [DELIVERED] * 2 and silent.connections == 1
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS[:4])
+def test_when_everybody_is_answered_nobody_else_is_asked(make: Make, host: Host, keywords: list[str]) -> None:
+    peer = host(keywords=keywords, replies={"RCPT": "550 5.1.1 no", "DATA": None, "no recipients": None, "RSET": None})
+    other = host()
+    out = make(peer.address, other.address)
+    assert statuses(out.send("x", "y")) == [FAILED, FAILED] and not other.sessions
+    assert statuses(out.send("x", "y")) == [FAILED, FAILED] and not other.sessions
+
+
 def test_connections_come_from_our_own_address(make: Make, host: Host) -> None:
     peer = host()
     out = make(peer.address, source="127.0.0.9 ::1", helo="out.example")
