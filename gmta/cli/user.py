@@ -121,11 +121,11 @@ def _name(address: str) -> str:
 
 def _password(from_stdin: bool) -> str:
     """What the file keeps of the password."""
-    if from_stdin:
-        secret = sys.stdin.readline().removesuffix("\n").removesuffix("\r")
-    else:
-        secret = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
     try:
+        if from_stdin:  # UTF-8, whatever the locale says: it is what mail clients send
+            secret = click.get_binary_stream("stdin").readline().decode("utf-8").removesuffix("\n").removesuffix("\r")
+        else:
+            secret = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
         return hash_password(secret)
     except (ValueError, UnicodeError) as error:
         raise click.UsageError(f"{error}") from None

@@ -1,0 +1,361 @@
+"""Submission as people's clients do it: swaks, curl, smtplib, msmtp, s-nail and gsasl through STARTTLS and implicit TLS; Dovecot as
+back end; haproxy in front; guessers; and nobody relays who may not."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pwd
+import re
+import smtplib
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gmta.testing.authority import Authority
+from tests.e2e.conftest import DEADLINE_S, Gmta, free_port, listens, program, until
+
+pytestmark = pytest.mark.e2e
+
+USER, SECRET = "user@example.test", "sécret word"
+
+
+class Site:
+    """A server for mail clients: a certificate of its own authority, a user, one port for STARTTLS and one for TLS at once."""
+
+    def __init__(self, gmta: Gmta, plugins: str = "auth_file", extra: str = "", listener: str = "") -> None:
+        self.gmta = gmta
+        self.tls_port = free_port()
+        self.authority = Authority(gmta.directory)
+        certificate, key = self.authority.issue("localhost", "127.0.0.1")
+        gmta.config.write_text("[gmta]\nhostname = mx.example.test\n[plugin:auth_file]\nusers_file = users\n")
+        added = subprocess.run([sys.executable, "-m", "gmta", "user", "add", USER, "--password-stdin", "-c", str(gmta.config)], input=f"{SECRET}\n".encode(),
+                               capture_output=True, timeout=DEADLINE_S, check=False)
+        assert added.returncode == 0, added.stderr
+        gmta.serve(f"""
+[gmta]
+hostname = mx.example.test
+workers = 2
+log_file = gmta.log
+[listener:mx]
+address = 127.0.0.1:{gmta.port}
+{listener}
+[listener:submission]
+address = 127.0.0.1:{gmta.submission_port}
+role = submission
+[listener:smtps]
+address = 127.0.0.1:{self.tls_port}
+role = submission
+tls = implicit
+[tls]
+certificate = {certificate}
+key = {key}
+[domains]
+local = example.test
+[plugins]
+enable = {plugins}, mailboxes, access
+[plugin:auth_file]
+users_file = users
+[plugin:mailboxes]
+accept = any
+[transport:mailbox]
+type = maildir
+path = var/mail/{{domain}}/{{local}}
+[route]
+* = mailbox
+{extra}
+""")
+
+    def log(self) -> str:
+        return (self.gmta.directory / "gmta.log").read_text()
+
+    def run(self, *arguments: str, text: str = "", env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """A client, to its end; it must be content."""
+        done = subprocess.run([program(arguments[0]), *arguments[1:]], input=text, capture_output=True, text=True, errors="replace", timeout=DEADLINE_S,
+                              check=False, cwd=self.gmta.directory, env={**os.environ, "HOME": str(self.gmta.directory), "LC_ALL": "C.UTF-8", **(env or {})})
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr, self.log())
+        return done
+
+    def context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self.authority.file)
+
+
+def message(to: str, subject: str) -> str:
+    return f"From: {USER}\nTo: {to}\nSubject: {subject}\n\nHello\n"
+
+
+def by_swaks(site: Site, to: str, implicit: bool) -> None:
+    for mechanism in ("PLAIN", "LOGIN"):
+        site.run("swaks", "--server", f"127.0.0.1:{site.tls_port if implicit else site.gmta.submission_port}", "--tls-on-connect" if implicit else "--tls",
+                 "--tls-verify", "--tls-ca-path", site.authority.file, "--auth", mechanism, "--auth-user", USER, "--auth-password", SECRET,
+                 "--from", USER, "--to", to, "--data", message(to, "swaks"))
+
+
+def by_curl(site: Site, to: str, implicit: bool) -> None:
+    (site.gmta.directory / "message").write_text(message(to, "curl"))
+    url = f"smtps://localhost:{site.tls_port}" if implicit else f"smtp://localhost:{site.gmta.submission_port}"
+    site.run("curl", "-sS", "--ssl-reqd", "--cacert", site.authority.file, "--url", url, "--user", f"{USER}:{SECRET}", "--mail-from", USER, "--mail-rcpt", to,
+             "--upload-file", "message", "--crlf")
+
+
+def by_smtplib(site: Site, to: str, implicit: bool) -> None:
+    if implicit:
+        client: smtplib.SMTP = smtplib.SMTP_SSL("localhost", site.tls_port, timeout=DEADLINE_S, context=site.context())
+    else:
+        client = smtplib.SMTP("localhost", site.gmta.submission_port, timeout=DEADLINE_S)
+        client.starttls(context=site.context())
+    with client:
+        client.ehlo()
+        assert client.docmd("AUTH PLAIN " + base64.b64encode(f"\0{USER}\0{SECRET}".encode()).decode())[0] == 235  # login() takes ASCII only
+        client.sendmail(USER, [to], message(to, "smtplib"))
+
+
+def by_msmtp(site: Site, to: str, implicit: bool) -> None:
+    config = site.gmta.directory / "msmtprc"
+    for mechanism in ("plain", "scram-sha-256", "scram-sha-256-plus"):
+        config.write_text(f"""
+account default
+host localhost
+port {site.tls_port if implicit else site.gmta.submission_port}
+tls on
+tls_starttls {'off' if implicit else 'on'}
+tls_trust_file {site.authority.file}
+auth {mechanism}
+user {USER}
+password {SECRET}
+from {USER}
+""")
+        config.chmod(0o600)
+        offered = subprocess.run([program("msmtp"), "--version"], capture_output=True, text=True, check=True).stdout.lower()
+        if mechanism in offered:
+            site.run("msmtp", "-C", str(config), to, text=message(to, f"msmtp {mechanism}"))
+
+
+def by_s_nail(site: Site, to: str, implicit: bool) -> None:
+    user, secret = (part.replace("@", "%40").replace(" ", "%20").replace("é", "%C3%A9") for part in (USER, SECRET))
+    url = f"{'smtps' if implicit else 'smtp'}://{user}:{secret}@localhost:{site.tls_port if implicit else site.gmta.submission_port}"
+    site.run("s-nail", "-:/", "-Sv15-compat", f"-Smta={url}", "-Ssmtp-auth=plain", *(() if implicit else ("-Ssmtp-use-starttls",)), f"-Stls-ca-file={site.authority.file}",
+             "-Stls-ca-no-defaults", f"-Sfrom={USER}", "-Snosave", "-s", "s-nail", to, text="Hello\n")
+
+
+CLIENTS: dict[str, tuple[Callable[[Site, str, bool], None], int]] = {
+    "swaks": (by_swaks, 2), "curl": (by_curl, 1), "smtplib": (by_smtplib, 1), "msmtp": (by_msmtp, 1), "s-nail": (by_s_nail, 1)}
+
+
+def test_clients_send_through_both_ports(gmta: Gmta) -> None:
+    site = Site(gmta)
+    for name, (send, count) in CLIENTS.items():
+        for implicit in (False, True):
+            local = f"{name}{'-tls' if implicit else ''}"
+            send(site, f"{local}@example.test", implicit)
+            for file in gmta.arrived(local, count):
+                assert re.search(rb"with ESMTPSA\b", file.read_bytes()), file.read_bytes()
+    assert SECRET not in site.log()
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN", "SCRAM-SHA-256", "SCRAM-SHA-256-PLUS"])
+def test_gsasl(gmta: Gmta, mechanism: str) -> None:
+    """GNU SASL, which proves the channel too; with a wrong password it gets nowhere."""
+    site = Site(gmta)
+    common = ("gsasl", "--smtp", f"--connect=127.0.0.1:{gmta.submission_port}", f"--mechanism={mechanism}", f"--authentication-id={USER}",
+              f"--x509-ca-file={site.authority.file}", "--hostname=localhost", "--service=smtp", *(("--no-cb",) if mechanism == "SCRAM-SHA-256" else ()))
+    site.run(*common, f"--password={SECRET}")
+    assert f"mechanism={mechanism}" in site.log()
+    wrong = subprocess.run([program("gsasl"), *common[1:], "--password=wrong"], capture_output=True, timeout=DEADLINE_S, check=False, input=b"")
+    assert b"535 5.7.8" in wrong.stdout + wrong.stderr
+
+
+# --- Dovecot as back end ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dovecot(directory: Path) -> Iterator[Path]:
+    """The socket of a Dovecot that knows one user."""
+    folder = directory / "dovecot"
+    folder.mkdir()
+    root = os.getuid() == 0
+    me = pwd.getpwuid(os.getuid()).pw_name
+    (folder / "users").write_text(f"{USER}:{{PLAIN}}{SECRET}\n", encoding="utf-8")
+    path = folder / "auth"
+    config = folder / "dovecot.conf"
+    config.write_text(f"""
+base_dir = {folder}/run
+state_dir = {folder}/state
+log_path = {folder}/log
+protocols =
+ssl = no
+auth_mechanisms = plain login
+auth_failure_delay = 0
+default_internal_user = {'dovecot' if root else me}
+default_login_user = {'dovenull' if root else me}
+default_internal_group = {'dovecot' if root else me}
+passdb {{
+  driver = passwd-file
+  args = {folder}/users
+}}
+userdb {{
+  driver = static
+  args = uid=65534 gid=65534 home=/nonexistent
+}}
+service auth {{
+  unix_listener {path} {{
+    mode = 0666
+  }}
+}}
+service anvil {{
+  chroot =
+}}
+service stats {{
+  chroot =
+}}
+""")
+    process = subprocess.Popen([program("dovecot"), "-F", "-c", str(config)])
+    try:
+        until(path.exists, f"socket of Dovecot ({folder / 'log'})")
+        yield path
+    finally:
+        process.terminate()
+        process.wait(DEADLINE_S)
+
+
+def test_dovecot_says_who_may_log_in(gmta: Gmta, dovecot: Path) -> None:
+    site = Site(gmta, "auth_dovecot", f"[plugin:auth_dovecot]\nsocket = {dovecot}\n")
+    by_swaks(site, "one@example.test", False)
+    assert len(gmta.arrived("one", 2)) == 2
+    with smtplib.SMTP("localhost", gmta.submission_port, timeout=DEADLINE_S) as client:
+        client.starttls(context=site.context())
+        client.ehlo()
+        assert set(client.esmtp_features["auth"].split()) == {"PLAIN", "LOGIN"}
+        with pytest.raises(smtplib.SMTPAuthenticationError) as refused:
+            client.login(USER, "wrong")
+        assert refused.value.smtp_code == 535
+
+
+# --- behind haproxy ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["send-proxy", "send-proxy-v2"])
+def test_the_true_client_is_seen_behind_haproxy(gmta: Gmta, version: str) -> None:
+    site = Site(gmta, "auth_file", listener="proxy_protocol = yes")
+    front = free_port()
+    config = gmta.directory / "haproxy.cfg"
+    config.write_text(f"""
+defaults
+    mode tcp
+    timeout connect 10s
+    timeout client 30s
+    timeout server 30s
+listen smtp
+    bind 127.0.0.1:{front}
+    server gmta 127.0.0.1:{gmta.port} {version}
+""")
+    process = subprocess.Popen([program("haproxy"), "-db", "-f", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: listens(front), "haproxy")
+        with smtplib.SMTP("127.0.0.1", front, timeout=DEADLINE_S, source_address=("127.0.0.77", 0)) as client:
+            client.starttls(context=ssl._create_unverified_context())
+            client.sendmail("a@example.com", ["one@example.test"], "Subject: x\n\nx\n")
+        (file,) = gmta.arrived("one")
+        assert b"[127.0.0.77]" in file.read_bytes()
+        with socket.create_connection(("127.0.0.1", gmta.port), DEADLINE_S) as bare:  # nobody gets past the proxy
+            bare.sendall(b"EHLO client.example\r\n")
+            assert bare.recv(1000).startswith(b"421 4.7.0")
+        assert "no client behind a proxy" in site.log()
+    finally:
+        process.terminate()
+        process.wait(DEADLINE_S)
+
+
+# --- guessers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_user_gets_in_while_guessers_hammer(gmta: Gmta) -> None:
+    """Sixty guessers from as many addresses at one account: all are locked out, and the user is not."""
+    site = Site(gmta, "auth_guard, auth_file", "[plugin:auth_guard]\nuser_failures = 5\ndelay = 200ms\n")
+    ended = threading.Event()
+    codes: list[int] = []
+
+    def guess(number: int) -> None:
+        while not ended.is_set():
+            try:
+                with smtplib.SMTP("127.0.0.1", gmta.submission_port, timeout=DEADLINE_S, source_address=(f"127.0.1.{number}", 0)) as client:
+                    client.starttls(context=ssl._create_unverified_context())
+                    client.ehlo()
+                    for attempt in range(3):
+                        codes.append(client.docmd("AUTH PLAIN " + base64.b64encode(f"\0{USER}\0{number}-{attempt}".encode()).decode())[0])
+            except (smtplib.SMTPException, OSError):
+                pass
+
+    guessers = [threading.Thread(target=guess, args=(number,), daemon=True) for number in range(1, 61)]
+    for guesser in guessers:
+        guesser.start()
+    try:
+        until(lambda: 454 in codes and len(codes) > 120, "lock-out")
+        for _ in range(3):
+            by_smtplib(site, "one@example.test", False)
+    finally:
+        ended.set()
+        for guesser in guessers:
+            guesser.join(DEADLINE_S)
+    assert len(gmta.arrived("one", 3)) == 3
+    assert codes.count(535) < 60 * 4 and 235 not in codes
+
+
+# --- no open relay ----------------------------------------------------------------------------------------------------
+
+SHAPES = [
+    "<victim@foreign.example>", "<victim%foreign.example@example.test>", "<victim%foreign.example@[127.0.0.1]>", "<foreign.example!victim@example.test>",
+    "<foreign.example!victim>", "<@example.test:victim@foreign.example>", "<@example.test,@b.example:victim@foreign.example>", '<"victim@foreign.example"@example.test>',
+    '<"victim@foreign.example">', "<victim@foreign.example@example.test>", "<victim@example.test@foreign.example>", '<"victim%foreign.example"@example.test>',
+    "<victim@[127.0.0.1]>", "<victim@[203.0.113.1]>", "<victim@[IPv6:2001:db8::1]>", "<victim@foreign.example.>", "<victim@example.test.foreign.example>",
+    "<victim@foreign.example.example.test>", "<victim@sub.example.test>", "<victim@xexample.test>", "<victim@example.tést>", "<victim@ехample.test>", "<victim@example。test>",
+    "<victim@xn--example-.test>", "<victim@foreign.example%example.test>", "victim@foreign.example", "<victim@foreign.example> <user@example.test>", "<\"victim\"@foreign.example>",
+    "<victim@foreign.example>,<user@example.test>", "<victim%foreign.example>", "<victim@>", "<victim@foreign.example\\@example.test>", "<victim@foreign.example:25>",
+    "<victim@FOREIGN.example>", "<@foreign.example:victim@example.test@foreign.example>", "<victim@localhost>", "<victim@mx.example.test>", "<'victim@foreign.example'@example.test>",
+    "<victim(@foreign.example)@foreign.example>", "<|/bin/sh@foreign.example>",
+]
+
+
+def test_nobody_relays_who_may_not(gmta: Gmta) -> None:
+    """What is taken is taken for the local domain, as a mailbox of that very name, and nothing leaves."""
+    gmta.start("[limits]\nerror_delay = 0s\nerrors_per_session = 1000\n", mailboxes="accept = listed\nmailboxes = user@example.test")
+    assert len(SHAPES) >= 30
+    accepted = []
+    for sender in ("<a@example.com>", "<user@example.test>", "<>", "<a@[127.0.0.1]>"):
+        with smtplib.SMTP("127.0.0.1", gmta.port, timeout=DEADLINE_S) as client:
+            client.ehlo("client.example.com")
+            for shape in SHAPES:
+                for extra in ("", " SMTPUTF8"):
+                    client.docmd("RSET")
+                    assert client.docmd(f"MAIL FROM:{sender}{extra}")[0] == 250
+                    assert client.sock is not None
+                    client.sock.sendall(f"RCPT TO:{shape}\r\n".encode())
+                    code, said = client.getreply()
+                    if code < 300:
+                        accepted.append((shape, said))
+    # the source route to a mailbox of ours is a mailbox of ours (RFC 5321 appendix C); none of these is one
+    assert accepted == []
+
+
+def test_starttls_within_the_first_seconds_of_a_new_certificate(gmta: Gmta) -> None:
+    """A certificate that is renewed is served without a reload."""
+    site = Site(gmta)
+    certificate, key = next(gmta.directory.glob("*.crt")), next(gmta.directory.glob("*.key"))
+
+    def served() -> bytes:
+        with socket.create_connection(("127.0.0.1", site.tls_port), DEADLINE_S) as link, \
+                ssl._create_unverified_context().wrap_socket(link) as tls:
+            return tls.getpeercert(binary_form=True) or b""
+
+    before = served()
+    new = site.authority.issue("localhost", "127.0.0.1")
+    os.replace(new[1], key)
+    os.replace(new[0], certificate)
+    assert before != new.der[0]
+    until(lambda: all(served() == new.der[0] for _ in range(8)), "new certificate from every worker")
