@@ -324,14 +324,10 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_no_message_is_lost_to_a_command_across_kills(gmta: Gmta, directory: Path) -> None:
-    """Every message that was taken reaches the command whole, whichever worker is killed when."""
-    script = directory / "note"
-    script.write_text(f"#!/bin/sh\nset -e\ntext=$(cat)\ncase $text in *'-- end of message') ;; *) echo partial >> {directory}/partial;; esac\n"
-                      f"echo \"$text\" | sed -n 's/^Subject: //p' >> {directory}/noted\n")
-    script.chmod(0o755)
-    serve(gmta, f"type = pipe\ncommand = {script}\n")
+def taken_across_kills(gmta: Gmta, kills: int) -> set[str]:
+    """Subjects of what was taken while workers were killed; returns when nothing is queued any more."""
     assert gmta.process is not None
+    pid = gmta.process.pid
     taken: set[str] = set()
     over = threading.Event()
 
@@ -353,15 +349,38 @@ def test_no_message_is_lost_to_a_command_across_kills(gmta: Gmta, directory: Pat
     for thread in threads:
         thread.start()
     try:
-        for victims in range(1, 5):
-            until(lambda victims=victims: len(taken) > 25 * victims and len(children(gmta.process.pid)) == 2, "more mail")  # type: ignore[misc,union-attr]
-            os.kill(children(gmta.process.pid)[victims % 2], signal.SIGKILL)
+        for victims in range(1, kills + 1):
+            until(lambda victims=victims: len(taken) > 25 * victims and len(children(pid)) == 2, "more mail")  # type: ignore[misc]
+            os.kill(children(pid)[victims % 2], signal.SIGKILL)
     finally:
         over.set()
         for thread in threads:
             thread.join()
     settled(gmta)
+    return taken
+
+
+def test_no_message_is_lost_to_a_command_across_kills(gmta: Gmta, directory: Path) -> None:
+    """Every message that was taken reaches the command, and always whole, whichever worker is killed when."""
+    script = directory / "note"
+    script.write_text(f"#!/bin/sh\nset -e\ntext=$(cat)\ncase $text in *'-- end of message') ;; *) echo partial >> {directory}/partial;; esac\n"
+                      f"echo \"$text\" | sed -n 's/^Subject: //p' >> {directory}/noted\n")
+    script.chmod(0o755)
+    serve(gmta, f"type = pipe\ncommand = {script}\n")
+    taken = taken_across_kills(gmta, 4)
     noted = (directory / "noted").read_text().splitlines()
     assert taken <= set(noted), f"{len(taken - set(noted))} of {len(taken)} lost"
     assert not (directory / "partial").exists()
+    assert gmta.stop() == 0
+
+
+def test_every_message_is_once_in_the_maildir_across_kills(gmta: Gmta) -> None:
+    serve(gmta, "type = maildir\npath = var/mail/{domain}/{local}\nquota = 1GB\n")
+    taken = taken_across_kills(gmta, 6)
+    box = gmta.mail / "example.test/you"
+    texts = [file.read_text() for file in (box / "new").iterdir()]
+    found = [text.partition("\nSubject: ")[2].partition("\n")[0] for text in texts]
+    assert taken <= set(found), f"{len(taken - set(found))} of {len(taken)} lost"
+    assert len(found) == len(set(found))
+    assert all(text.endswith("-- end of message\n") for text in texts)
     assert gmta.stop() == 0
