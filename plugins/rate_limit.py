@@ -148,7 +148,11 @@ class Ledger:
         """Whether the allowance is not used up."""
         if not allowance.amount:
             return True
-        tally = self._tally(name, kind, allowance.window_s, self._clock())
+        now = self._clock()
+        tally = self._tally(name, kind, allowance.window_s, now)
+        if now - tally.heard_at >= FLUSH_S:
+            found = self._state.get(f"{tally.key}:{tally.window}", 0)
+            tally.shared, tally.heard_at = max(tally.shared, found if isinstance(found, (int, float)) else 0), now
         return tally.shared + tally.since < allowance.amount
 
     def _tally(self, name: str, kind: str, window_s: int, now: float) -> Tally:
@@ -217,6 +221,7 @@ class Presence:
         self._most = (per_ip, per_subnet)
         self._key = f"connections:{secrets.token_hex(8)}"
         workers = services.config.gmta.workers
+        self._untold = 0.5 / workers  # of a bound: what a worker has before it asks, so that half of the bound is the most they don't know
         self._told_from = tuple(max(1, most // (8 * workers)) for most in self._most)  # fewer are not worth a word
         self._own: Counter[str] = Counter()
         self._others: Counter[str] = Counter()
@@ -227,13 +232,16 @@ class Presence:
     def enter(self, ip: str) -> bool:
         """Counts one more; False, and nothing is counted, where that is too many."""
         names = (ip, subnet(ip))
-        for name, most in zip(names, self._most, strict=True):
-            if most and self._own[name] + self._others[name] >= most / 2:
-                self.exchange()
-                if self._own[name] + self._others[name] >= most:
-                    return False
         for name in names:
             self._own[name] += 1
+        bounds = [(name, most) for name, most in zip(names, self._most, strict=True) if most]
+        too_many = any(self._own[name] > most for name, most in bounds)
+        if not too_many and any(self._own[name] + self._others[name] > most * self._untold for name, most in bounds):
+            self.exchange()
+            too_many = any(self._own[name] + self._others[name] > most for name, most in bounds)
+        if too_many:
+            self.leave(ip)
+            return False
         if not self._watching:
             self._watching = True
             self._spawn(self._watch)

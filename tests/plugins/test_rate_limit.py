@@ -146,7 +146,9 @@ def test_unknown_recipients_of_a_session_and_of_an_address() -> None:
         assert plugin.permit_rcpt(session, transaction, transaction.recipients[0]).reply.code == 450
         assert mail(plugin, session) == "421 4.7.0"
         plugin.on_session_closed(session)
-    workers.flush()
+    assert workers.plugins[1].check_connect(workers.session()) is None  # has not heard of it yet
+    workers.plugins[0].on_worker_stopping()
+    workers.clock.advance(1)
     assert [each.check_connect(workers.session()).reply.code for each in workers.plugins] == [421, 421]
     assert workers.plugins[1].check_connect(workers.session("192.0.2.2")) is None
 
