@@ -3,8 +3,8 @@
 Hooks: permit_auth, get_auth_mechanisms (SCRAM-SHA-256, PLAIN, LOGIN).  Keys: users_file.  Replies: none of its own; a user whom no
 plugin permits gets 535 5.7.8.
 
-The file is read again when it changes. Passwords are hashed in a native thread, a few at a time; where many wait, the last to come
-is served first, so that a crowd of guessers keeps nobody out. Who does not exist takes as long as who has another password, and a
+The file is read again when it changes. Passwords are hashed in a native thread, a few at a time; where many wait, those come first
+who have logged in from their address before, then who came last, so that a crowd of guessers keeps nobody out. Who does not exist takes as long as who has another password, and a
 password that was right is not hashed again for some minutes. A missing file is no user; the log says so.
 """
 
@@ -26,6 +26,7 @@ AT_A_TIME = 2  # hashes that are on their way to the thread
 LOOK_S = 1.0  # how often the file is looked at
 REMEMBERED = 10_000
 REMEMBER_S = 600.0
+KNOWN_S = 30 * 86400.0
 
 
 class Config(PluginConfig):
@@ -44,7 +45,8 @@ class Plugin:
         self._trouble = ""
         self._decoy: str | None = None
         self._running = 0
-        self._waiting: list[Event] = []
+        self._known: list[Event] = []  # who waits, from addresses of users
+        self._waiting: list[Event] = []  # and from others
         self._secret = secrets.token_bytes(32)
         self._right: OrderedDict[bytes, float] = OrderedDict()  # keyed hash of user, hash and password -> until when
         self._look()
@@ -84,34 +86,38 @@ class Plugin:
         if credentials.mechanism not in ("PLAIN", "LOGIN"):
             return None
         hashed = self._users.hashed(user)
-        if self._is_right(hashed, user, credentials.secret):
+        if self._is_right(hashed, user, credentials.secret, f"auth_file:{session.peer_ip} {user}"):
             credentials.user = user
             return accept()
         return None
 
-    def _is_right(self, hashed: str | None, user: str, secret: str) -> bool:
-        """Whether the password is the user's; hashed None: there is no such user."""
+    def _is_right(self, hashed: str | None, user: str, secret: str, place: str) -> bool:
+        """Whether the password is the user's. hashed None: there is no such user.  place: key of the shared state, for user and address."""
         now = self._services.clock()
         key = hmac.digest(self._secret, f"{user}\0{hashed}\0{secret}".encode("utf-8", "surrogateescape"), "sha256")
         if hashed is not None and self._right.get(key, 0.0) > now:
             return True
-        right = self._hash(hashed, secret) and hashed is not None
+        state = self._services.state
+        known = bool(state.get(place))
+        right = self._hash(hashed, secret, self._known if known else self._waiting) and hashed is not None
         if right:
+            if not known:
+                state.set(place, True, KNOWN_S)
             self._right[key] = now + REMEMBER_S
             if len(self._right) > REMEMBERED:
                 self._right.popitem(last=False)
         return right
 
-    def _hash(self, hashed: str | None, secret: str) -> bool:
-        """Checks in the thread, AT_A_TIME; of those who wait, who came last is next."""
+    def _hash(self, hashed: str | None, secret: str, waiting: list[Event]) -> bool:
+        """Checks in the thread, AT_A_TIME; of those who wait, who came last is next. waiting: where to wait."""
         if self._running >= AT_A_TIME:
             turn = Event()
-            self._waiting.append(turn)
+            waiting.append(turn)
             try:
                 turn.wait()
             except BaseException:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
+                if turn in waiting:
+                    waiting.remove(turn)
                 else:
                     self._next()  # it was our turn already
                 raise
@@ -125,8 +131,9 @@ class Plugin:
 
     def _next(self) -> None:
         """One is done: its place is the next one's."""
-        if self._waiting:
-            self._waiting.pop().set()
+        waiting = self._known or self._waiting
+        if waiting:
+            waiting.pop().set()
         else:
             self._running -= 1
 

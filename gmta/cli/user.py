@@ -123,7 +123,7 @@ def _password(from_stdin: bool) -> str:
     """What the file keeps of the password."""
     try:
         if from_stdin:  # UTF-8, whatever the locale says: it is what mail clients send
-            secret = click.get_binary_stream("stdin").readline().decode("utf-8").removesuffix("\n").removesuffix("\r")
+            secret = sys.stdin.buffer.readline().decode("utf-8").removesuffix("\n").removesuffix("\r")
         else:
             secret = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
         return hash_password(secret)

@@ -69,7 +69,7 @@ def test_what_was_right_is_not_hashed_again_for_a_while(users: Path, services: A
     plugin = load_plugin("auth_file", services, users_file=users)
     ask(plugin, "user@example.test", "sécret")
     asked: list[str] = []
-    monkeypatch.setattr(plugin, "_hash", lambda hashed, secret: bool(asked.append(secret)))
+    monkeypatch.setattr(plugin, "_hash", lambda hashed, secret, waiting: bool(asked.append(secret)))
     assert ask(plugin, "user@example.test", "sécret")[0] is not None and not asked
     assert ask(plugin, "user@example.test", "wrong")[0] is None and asked == ["wrong"]
     services.clock.advance(3600)
@@ -96,6 +96,26 @@ def test_damaged_lines_are_nobody(users: Path, services: Any) -> None:
     assert ask(plugin, "user@example.test", "sécret")[0] is not None
     assert ask(plugin, "user@example.test", "", "SCRAM-SHA-256")[0] is None
     assert services.log.of("lines of the users file can't be read")[0]["lines"] == 2
+
+
+def test_who_is_known_is_served_before(users: Path, services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who has logged in from an address waits in another line there, even when the password is hashed anew."""
+    plugin = load_plugin("auth_file", services, users_file=users)
+    ask(plugin, "user@example.test", "sécret")
+    lines: list[Any] = []
+    monkeypatch.setattr(plugin, "_hash", lambda hashed, secret, waiting: bool(lines.append(waiting)))
+    services.clock.advance(3600)
+    ask(plugin, "user@example.test", "sécret")
+    ask(plugin, "other@example.test", "sécret")
+    assert lines[0] is plugin._known and lines[1] is plugin._waiting
+    monkeypatch.undo()
+    first, second, third = gevent.event.Event(), gevent.event.Event(), gevent.event.Event()
+    plugin._waiting += [first, second]
+    plugin._known.append(third)
+    plugin._next()
+    assert third.is_set() and not first.is_set()
+    plugin._next()
+    assert second.is_set() and not first.is_set()
 
 
 def test_who_comes_last_is_served_first(users: Path, services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
