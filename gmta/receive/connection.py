@@ -121,16 +121,15 @@ class Connection:
         protocol.require_tls = self._listener.tls == "required"
         if self.session.tls is not None:
             protocol.tls = True
-            self._settle(protocol)
+            self._trust_certificate(protocol)
         return protocol
 
-    def _settle(self, protocol: ServerProtocol) -> None:
-        """What follows from who the client is: a certificate that may relay needs no password, and XCLIENT may have named a user."""
+    def _trust_certificate(self, protocol: ServerProtocol) -> None:
+        """A client whose certificate may relay needs no password. Asked after the handshake only: XCLIENT names another client."""
         tls, names = self.session.tls, self._listener.client_names
         if tls is not None and tls.client_name and names and ("*" in names or tls.client_name.lower() in map(str.lower, names)):
             self.session.relay_network = True
             protocol.require_auth = False
-        protocol.authenticated = self.session.user is not None
 
     def _offer(self, extensions: Extensions) -> None:
         """Sets what depends on how far the session has come: size limit, STARTTLS, AUTH (under TLS only: RFC 4954 section 4)."""
@@ -173,12 +172,13 @@ class Connection:
                     self._flush()
                     self._handshake()
                     protocol.tls_started()
+                    self.session.user, protocol.authenticated = None, False  # RFC 3207 section 4.2
+                    self._trust_certificate(protocol)
                 elif (refusal := self._become(protocol)) is not None:
                     out[-1] = refusal.wire()
                     self._flush()
                     self._linger()
                     return "refused"
-                self._settle(protocol)
                 self._offer(protocol.extensions)
                 continue
             if type(event) is events.BodyEnd:
@@ -213,6 +213,7 @@ class Connection:
         session = self.session
         session.relay_network = self._limits.is_relay_network(session.peer_ip)
         protocol.require_auth = bool(self._listener.auth_required)
+        protocol.authenticated = session.user is not None
         protocol.begin_anew()
         return self._reception.connected()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import ssl
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,42 @@ def test_auth_without_tls_on_loopback() -> None:
     run((), refused, peer_ip="127.0.0.1")
 
 
+def test_starttls_forgets_the_user() -> None:
+    given = "[listener:submission]\naddress = 127.0.0.1:2587\nrole = submission\nallow_plain_on_loopback = yes\n"
+    run((), r"""
+listener: submission
+S: 220
+C: EHLO c.example
+S: 250
+C: AUTH PLAIN \{base64 \0user@example.test\0secret}
+S: 235
+C: STARTTLS
+S: 220
+STARTTLS
+C: EHLO c.example
+S: 250
+C: MAIL FROM:<user@example.test>
+S: 530 5.7.0
+C: AUTH PLAIN \{base64 \0user@example.test\0secret}
+S: 235
+C: MAIL FROM:<user@example.test>
+S: 250
+C: QUIT
+S: 221
+""", given=given, peer_ip="127.0.0.1")
+
+
+def test_what_the_audit_names_is_there() -> None:
+    """docs/security.md: every default has a test, and it exists."""
+    root = Path(__file__).parents[2]
+    audit = (root / "docs/security.md").read_text()
+    file = ""
+    for path, name in re.findall(r"(tests/[\w/.-]+)?(?:::(\w+))?", audit):
+        file = path or file
+        assert not path or (root / path).exists(), path
+        assert not name or f"def {name}(" in (root / file).read_text(), name
+
+
 # --- on real sockets ------------------------------------------------------------------------------------------------
 
 
@@ -304,12 +341,25 @@ def test_client_certificates(tmp_path: Path) -> None:
     assert shaken(ServerTls(*authority.issue("mx.example.test")), unknown)[0].client_name == ""  # not asked, not told
 
 
+def test_a_proxy_s_certificate_is_not_its_clients(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    tls = ServerTls(*authority.issue("mx.example.test"), client_ca=authority.file)
+    heard = said_by_partner(authority, tls, "*", b"EHLO c.example\r\nXCLIENT ADDR=198.51.100.7\r\nEHLO c.example\r\nMAIL FROM:<a@partner.example>\r\n"
+                                                 b"RCPT TO:<x@foreign.example>\r\nQUIT\r\n", "xclient_from = 192.0.2.1\n")
+    assert b"530 5.7.0" in heard and b"250 2.1.5" not in heard
+
+
 @pytest.mark.parametrize("names,trusted", [("relay.partner.example", True), ("*", True), ("RELAY.partner.EXAMPLE, x.example", True), ("other.example", False), ("", False)])
 def test_a_client_certificate_may_relay(tmp_path: Path, names: str, trusted: bool) -> None:
     authority = Authority(tmp_path)
-    files = authority.issue("mx.example.test")
-    tls = ServerTls(*files, client_ca=authority.file)
-    server = MemoryServer(given=f"[listener:submission]\naddress = 127.0.0.1:2587\nrole = submission\nclient_ca = {authority.file}\nclient_names = {names}\n")
+    tls = ServerTls(*authority.issue("mx.example.test"), client_ca=authority.file)
+    heard = said_by_partner(authority, tls, names, b"EHLO c.example\r\nMAIL FROM:<a@partner.example>\r\nRCPT TO:<x@foreign.example>\r\nQUIT\r\n")
+    assert (b"250 2.1.5" in heard) is trusted and (b"530 5.7.0" in heard) is not trusted
+
+
+def said_by_partner(authority: Authority, tls: ServerTls, names: str, octets: bytes, keys: str = "") -> bytes:
+    """What a client with a certificate hears when it says that, under TLS, on a submission listener."""
+    server = MemoryServer(given=f"[listener:submission]\naddress = 127.0.0.1:2587\nrole = submission\nclient_ca = {authority.file}\nclient_names = {names}\n{keys}")
     left, right = pair()
     serving = gevent.spawn(server.connect(left, "submission", tls=tls).run, True)
     partner = client(authority)
@@ -325,11 +375,11 @@ def test_a_client_certificate_may_relay(tmp_path: Path, names: str, trusted: boo
             while file.readline()[:4] != b"220 ":
                 pass
         with SSLContext.wrap_socket(partner, right, server_hostname="mx.example.test") as link:
-            link.sendall(b"EHLO c.example\r\nMAIL FROM:<a@partner.example>\r\nRCPT TO:<x@foreign.example>\r\nQUIT\r\n")
+            link.sendall(octets)
             heard = b""
             while piece := link.recv(4096):
                 heard += piece
         serving.get(timeout=10)
-        assert (b"250 2.1.5" in heard) is trusted and (b"530 5.7.0" in heard) is not trusted
+        return heard
     finally:
         server.close()
