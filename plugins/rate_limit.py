@@ -301,7 +301,7 @@ class Plugin:
         self._ledger = Ledger(services)
         self._presence = Presence(services, limits.connections_per_ip if config.connections_per_ip is None else config.connections_per_ip,
                                   limits.connections_per_subnet if config.connections_per_subnet is None else config.connections_per_subnet)
-        self._inside: set[str] = set()  # ids of the sessions that are counted as connections
+        self._inside: dict[str, str] = {}  # session id -> the address that it counts for, which a proxy may replace later
         self._unknown: dict[str, int] = {}  # recipients of a session that do not exist
 
     def _counted(self, session: Session) -> bool:
@@ -320,6 +320,7 @@ class Plugin:
     @hookimpl
     def check_connect(self, session: Session) -> Verdict | None:
         """421 for too many connections, at a time or a minute, and for who has tried too many recipients that do not exist."""
+        self._leave(session)
         if not self._counted(session):
             return None
         config, name = self._config, client(session.peer_ip)
@@ -329,16 +330,19 @@ class Plugin:
             return disconnect("Too many new connections, try again later", 421, "4.7.0")
         if not self._presence.enter(session.peer_ip):
             return disconnect("Too many connections, try again later", 421, "4.7.0")
-        self._inside.add(session.id)
+        self._inside[session.id] = session.peer_ip
         return None
+
+    def _leave(self, session: Session) -> None:
+        ip = self._inside.pop(session.id, None)
+        if ip is not None:
+            self._presence.leave(ip)
 
     @hookimpl
     def on_session_closed(self, session: Session) -> None:
         """The connection counts no more."""
         self._unknown.pop(session.id, None)
-        if session.id in self._inside:
-            self._inside.discard(session.id)
-            self._presence.leave(session.peer_ip)
+        self._leave(session)
 
     @hookimpl
     def check_mail(self, session: Session, transaction: Transaction) -> Verdict | None:

@@ -122,6 +122,20 @@ def test_connections_at_a_time() -> None:
     assert workers.plugins[0].check_connect(workers.session()) is None
 
 
+def test_a_proxy_tells_whose_connection_it_is() -> None:
+    """The address may change after the connection was counted (XCLIENT)."""
+    workers = Workers(1, connections_per_ip=1)
+    plugin, session = workers.plugins[0], workers.session()
+    assert plugin.check_connect(session) is None
+    session.peer_ip = "198.51.100.1"
+    assert plugin.check_connect(session) is None  # asked again
+    assert plugin.check_connect(workers.session("198.51.100.1")).reply.code == 421
+    assert plugin.check_connect(workers.session()) is None
+    session.peer_ip = "203.0.113.1"
+    plugin.on_session_closed(session)
+    assert plugin.check_connect(workers.session("198.51.100.1")) is None
+
+
 def test_connections_of_a_worker_that_was_killed_are_forgotten() -> None:
     workers = Workers(2, {"gmta": {"workers": 2}}, connections_per_ip=2)
     for _ in range(2):
