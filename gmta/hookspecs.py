@@ -196,7 +196,10 @@ class HookSpecs:
 
     @hookspec
     def edit_message(self, session: Session, transaction: Transaction, message: Message) -> Message | None:
-        """After every check: a new Message takes the old one's place.  Failure: 451 4.3.0."""
+        """After every check: a new Message takes the old one's place.
+
+        What was changed goes into the history: add a few words to transaction.changes.  Failure: 451 4.3.0.
+        """
 
     @hookspec
     def get_headers(self, session: Session, transaction: Transaction,

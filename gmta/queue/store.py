@@ -26,7 +26,7 @@ class StoreFull(StoreError):
 
 @dataclass(slots=True)
 class Event:
-    """A row of a message's history: `kind` received, delivered, deferred, failed, bounced, held, released, deleted; data is JSON-able."""
+    """A row of a message's history: `kind` received, edited, delivered, deferred, failed, bounced, held, released, deleted; data is JSON-able."""
 
     queue_id: str
     at: float
