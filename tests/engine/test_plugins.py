@@ -72,7 +72,8 @@ def arguments(hook: str) -> tuple[Any, ...]:
     whole = (session, transaction, message)
     return {
         "on_worker_started": (None,), "on_worker_stopping": (None,), "check_connect": (session,), "check_helo": (session,),
-        "permit_auth": (session, Credentials("PLAIN", "u", "s")), "get_size_limit": (session,), "check_mail": (session, transaction),
+        "permit_auth": (session, Credentials("PLAIN", "u", "s")), "get_size_limit": (session,), "get_auth_mechanisms": (session,),
+        "check_mail": (session, transaction),
         "permit_rcpt": (session, transaction, recipient), "check_rcpt": (session, transaction, recipient),
         "check_data": (session, transaction), "check_message": whole, "edit_message": whole, "get_headers": whole,
         "get_signatures": whole, "get_transports": (None,), "get_route": (envelope, state), "on_session_opened": (session,),
