@@ -70,11 +70,10 @@ local = mailbox
 """)
 
 
-def send(gmta: Gmta, sender: str = "sender@example.test", to: str = "user@example.test", message: bytes = MAIL) -> str:
+def send(gmta: Gmta, sender: str = "sender@example.test", to: str = "user@example.test", message: bytes = MAIL) -> None:
     with smtplib.SMTP("127.0.0.1", gmta.port, timeout=30) as client:
         client.ehlo("client.example")
         client.sendmail(sender, [to], message)
-    return ""
 
 
 def queued(gmta: Gmta) -> list[dict[str, object]]:
@@ -234,6 +233,17 @@ def test_large_message_keeps_memory_flat(gmta: Gmta, peer: HttpPeer) -> None:
     big = peer.wait(2)[1]
     assert json.loads(big.body)["attachments"][0]["size"] == size // len(line) * 57
     assert resident_kb(gmta) - before < 3 * size // 1024
+
+
+def test_broken_mime_arrives_unchanged(gmta: Gmta, peer: HttpPeer) -> None:
+    cases = json.loads((Path(__file__).parents[1] / "data/mime.json").read_text())
+    messages = [case["message"].encode("latin-1") for case in cases]
+    serve(gmta, peer, keys="format = raw\n")
+    for message in messages:
+        send(gmta, message=message)
+    heard = peer.wait(len(messages))
+    assert all(any(one.body.endswith(b"\r\n" + message) for one in heard) for message in messages)
+    check_signatures(heard)
 
 
 def test_unknown_charset_stops_neither_this_nor_the_next_message(gmta: Gmta, peer: HttpPeer) -> None:
