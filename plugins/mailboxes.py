@@ -4,9 +4,9 @@ Hook: permit_rcpt. Says nothing about domains that are not in `[domains] local`;
 
 Keys of `[plugin:mailboxes]`: `accept = listed|any` (any: every safe name in a local domain is a mailbox), `mailboxes`
 (comma- or blank-separated; a name without @ holds in every local domain), `mailboxes_file` (one a line, `#` comments),
-`aliases_file` (classic aliases syntax), `allow_include = no` (whether `:include:FILE` is read there), `detail_separator = +`, `catch_all` (an address). The files are read again
-within a second of a change; one that can't be read or parsed then leaves the former content in force and is logged,
-at the start it stops the start.
+`aliases_file` (classic aliases syntax), `allow_include = no` (whether `:include:FILE` is read there), `detail_separator = +`, `catch_all`
+(an address). The files are read again within a second of a change; one that can't be read or parsed then leaves the former
+content in force and is logged, at the start it stops the start.
 
 Order: exact name, name without detail, catch_all, `accept = any`. An alias is followed to its end before the answer, so
 an unknown user behind it is refused at RCPT. Names match without regard to case. Commands (`|program`) and files
