@@ -272,6 +272,21 @@ listen smtp
         process.wait(DEADLINE_S)
 
 
+def test_swaks_speaks_for_others(gmta: Gmta) -> None:
+    """XCLIENT from a network that may, and a PROXY header that swaks writes itself."""
+    site = Site(gmta, "auth_file", listener="xclient_from = 127.0.0.1")
+    common = ("swaks", "--server", f"127.0.0.1:{gmta.port}", "--from", "a@example.com", "--body", "x")
+    site.run(*common, "--to", "one@example.test", "--xclient-addr", "198.51.100.7", "--xclient-name", "client.example.com")
+    assert b"client.example.com [198.51.100.7]" in gmta.arrived("one")[0].read_bytes()
+    gmta.stop()
+    gmta.serve(gmta.config.read_text().replace("xclient_from = 127.0.0.1", "proxy_protocol = yes"))
+    for version in ("1", "2"):
+        site.run(*common, "--to", f"two{version}@example.test", "--proxy-version", version, "--proxy-family", "TCP4" if version == "1" else "AF_INET",
+                 "--proxy-source", "198.51.100.8", "--proxy-source-port", "4711", "--proxy-dest", "192.0.2.1", "--proxy-dest-port", "25",
+                 *(("--proxy-protocol", "STREAM", "--proxy-command", "PROXY") if version == "2" else ()))
+        assert b"[198.51.100.8]" in gmta.arrived(f"two{version}")[0].read_bytes()
+
+
 # --- guessers ---------------------------------------------------------------------------------------------------------
 
 
