@@ -31,6 +31,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+from gevent.monkey import get_original
 from pydantic import Field, TypeAdapter, field_validator
 
 import gmta
@@ -44,6 +45,7 @@ from gmta.services.files import NO_ROOM, rename_new, start_writing_out, sync_dir
 LINGER_S = 0.010
 BATCH = 32
 LARGE = 64 * 1024  # octets from which a piece begins to be written out at once
+_close = get_original("os", "close")  # gevent's looks for watchers first; files here live and die in native threads
 _DONE = gmta.delivered("Delivered to mailbox", enhanced="2.1.5")
 _LOOP = gmta.failed("The message was delivered to this mailbox before: it goes round in circles", enhanced="5.4.6", code=554)
 _NO_NAME = gmta.failed("The address makes no name for a mailbox", enhanced="5.1.3", code=550)
@@ -137,7 +139,7 @@ def read_usage(top: int, limits: Limits, now: float) -> Usage | None:
         data = os.read(file, _SIZE_FILE_MOST + 1)
         changed_at = os.fstat(file).st_mtime
     finally:
-        os.close(file)
+        _close(file)
     head, _, rest = data.partition(b"\n")
     if len(data) > _SIZE_FILE_MOST or _read_limits(head) != limits:
         return None
@@ -194,7 +196,7 @@ def count_usage(top: int, *, courier: bool = False) -> tuple[Usage, dict[str, in
                         continue
                     messages += 1
         finally:
-            os.close(directory)
+            _close(directory)
     return Usage(octets, messages), stamps
 
 
@@ -486,7 +488,7 @@ class Maildir:
                 self.give(file, self.file_mode)
                 write_all(file, f"{limits}\n{used.octets} {used.messages}\n".encode("ascii"))
             finally:
-                os.close(file)
+                _close(file)
             os.rename(temporary, _SIZE_FILE, src_dir_fd=top, dst_dir_fd=top)
         except OSError:
             _remove(top, _SIZE_FILE)
@@ -508,7 +510,7 @@ class Maildir:
                     try:
                         os.fsync(one.file)
                     finally:
-                        os.close(one.file)
+                        _close(one.file)
                 except OSError as error:
                     results[one.number] = error
             locks = self._locks(items, opened)
@@ -538,19 +540,18 @@ class Maildir:
         """Writes what is not there yet; the files, and for each new/ that an earlier attempt may not have synced who needs that."""
         written: list[Written] = []
         touched: dict[int, list[int]] = {}
-        listed: dict[int, set[str]] = {}
         used: dict[tuple[str, ...], Reserved] = {}
+        found = self._find(items, results, opened)
         for number, item in enumerate(items):
+            if results[number] is not None:
+                continue
             try:
                 place = opened.place(item)
-                if item.seek:
-                    if place.new not in listed:
-                        listed[place.new] = opened.names(place)
-                    if item.name in listed[place.new]:
-                        touched.setdefault(place.new, []).append(number)
-                        if item.limits is not None:  # whether it was counted nobody knows
-                            _remove(opened.directory(item.path), _SIZE_FILE)
-                        continue
+                if number in found:
+                    touched.setdefault(place.new, []).append(number)
+                    if item.limits is not None:  # whether it was counted nobody knows
+                        _remove(opened.directory(item.path), _SIZE_FILE)
+                    continue
                 if item.limits is not None:
                     size = item.message.size + len(item.top)
                     full = self._reserve(item.path, item.limits, size, used, opened)
@@ -562,6 +563,32 @@ class Maildir:
                 missing = isinstance(error, FileNotFoundError) and not self.config.create
                 results[number] = self._missing() if missing else error
         return written, touched
+
+    @staticmethod
+    def _find(items: list[Item], results: list[Any], opened: Opened) -> set[int]:
+        """Which items an earlier attempt wrote: they are in new/, or in cur/ under any flags, looked at in that order."""
+        found: set[int] = set()
+        absent: dict[Place, list[int]] = {}
+        for number, item in enumerate(items):
+            if item.seek:
+                try:
+                    place = opened.place(item)
+                    absent.setdefault(place, []).append(number)
+                    os.stat(f"{item.name},S={sum(map(len, _content(item)))}", dir_fd=place.new, follow_symlinks=False)
+                    found.add(number)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    results[number] = error
+        for place, numbers in absent.items():
+            try:
+                if not found.issuperset(numbers):
+                    names = opened.read_messages(place)
+                    found.update(number for number in numbers if items[number].name in names)
+            except OSError as error:
+                for number in numbers:
+                    results[number] = error
+        return found
 
     def _reserve(self, path: tuple[str, ...], limits: Limits, size: int, used: dict[tuple[str, ...], Reserved],
                  opened: Opened) -> gmta.Outcome | None:
@@ -609,7 +636,7 @@ class Maildir:
             except OSError:
                 _remove(locks[path], _SIZE_FILE)
             finally:
-                os.close(file)
+                _close(file)
 
     def _write(self, number: int, item: Item, place: Place) -> Written:
         """Writes the file in tmp/, still to be synced."""
@@ -634,7 +661,7 @@ class Maildir:
                 if len(piece) >= LARGE:
                     start_writing_out(file)
         except OSError:
-            os.close(file)
+            _close(file)
             _remove(place.tmp, temporary)
             raise
         return Written(number, place, temporary, file, size)
@@ -677,7 +704,7 @@ class Opened:
     def close(self) -> None:
         """Closes all."""
         for file in (*self._open.values(), *self._readable.values()):
-            os.close(file)
+            _close(file)
 
     def directory(self, path: tuple[str, ...], make: bool = False, flags: int = _PASS) -> int:
         """An open directory; raises OSError, FileNotFoundError where it is missing and not to be made."""
@@ -735,12 +762,12 @@ class Opened:
                 try:
                     maildir.give(made, maildir.directory_mode)
                 finally:
-                    os.close(made)
+                    _close(made)
         file = os.open(".", _READ, dir_fd=above)
         try:
             os.fsync(file)
         finally:
-            os.close(file)
+            _close(file)
 
     def place(self, item: Item) -> Place:
         """tmp/ and new/ of an item's Maildir, or of its folder where that is there or to be made."""
@@ -779,7 +806,7 @@ class Opened:
                 try:
                     self._maildir.give(file, self._maildir.file_mode)
                 finally:
-                    os.close(file)
+                    _close(file)
                 return path
         if self._maildir.config.fold_case:
             with os.scandir(self.readable(item.path)) as entries:
@@ -788,13 +815,10 @@ class Opened:
                         return (*item.path, entry.name)
         return None
 
-    def names(self, place: Place) -> set[str]:
-        """The messages in new/ and cur/ of a place, by their names without size and flags."""
-        found: set[str] = set()
-        for directory in (place.new, self.directory((*place.path, "cur"), make=True, flags=_READ)):
-            with os.scandir(directory) as entries:
-                found.update(entry.name.partition(":")[0].partition(",")[0] for entry in entries)
-        return found
+    def read_messages(self, place: Place) -> set[str]:
+        """The messages in cur/ of a place, by their names without size and flags."""
+        with os.scandir(self.directory((*place.path, "cur"), make=True, flags=_READ)) as entries:
+            return {entry.name.partition(":")[0].partition(",")[0] for entry in entries}
 
 
 def _content(item: Item) -> Iterator[bytes]:

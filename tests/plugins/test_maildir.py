@@ -123,6 +123,21 @@ def test_repeated_delivery_shows_once(transport: Maildir, box: Path) -> None:
     assert not files(box)
 
 
+def test_repeated_batch_shows_once(transport: Maildir, box: Path) -> None:
+    """Some are in new/ still, some in cur/, some were never written, and one can't be looked for."""
+    def write(first: bool, names: str) -> list[Any]:
+        jobs = [delivery(Address("ann" if id == "x" else "joe", "c.example"), id=id, first=first) for id in names]
+        return transport._write_all([transport._item(job, job.recipients[0]) for job in jobs])
+
+    assert write(True, "abcd") == [None] * 4
+    for file in files(box)[:2]:
+        os.rename(file, box / "cur" / f"{file.name}:2,RS")
+    (box.parent / "ann").write_text("in the way")
+    results = write(False, "abxcde")
+    assert [result is None for result in results] == [True, True, False, True, True, True]
+    assert len(files(box)) == 3 and len(list((box / "cur").iterdir())) == 2
+
+
 def test_two_recipients_two_files(transport: Maildir, box: Path) -> None:
     outcomes = transport.deliver(delivery(JOE, JOE))
     assert len(outcomes) == 2
