@@ -468,13 +468,13 @@ class Maildir:
         used = read_usage(top, limits, now)
         if used is not None and (used.trusted or limits.hold(used, size, count)):
             return used
-        fcntl.flock(top, fcntl.LOCK_EX)  # nobody of ours is between a message's rename and its line in maildirsize
+        _lock(top, fcntl.LOCK_EX)  # nobody of ours is between a message's rename and its line in maildirsize
         try:
             used, stamps = count_usage(top, courier=self._courier)
             self._write_usage(top, limits, used, stamps)
             return used
         finally:
-            fcntl.flock(top, fcntl.LOCK_UN)
+            _lock(top, fcntl.LOCK_UN)
 
     def _write_usage(self, top: int, limits: Limits, used: Usage, stamps: dict[str, int]) -> None:
         """Writes a new maildirsize; where the Maildir changed meanwhile, or it can't be written, there is none until the next count."""
@@ -611,7 +611,7 @@ class Maildir:
             if item.limits is not None and item.path not in locks:
                 try:
                     locks[item.path] = opened.readable(item.path)
-                    fcntl.flock(locks[item.path], fcntl.LOCK_SH)
+                    _lock(locks[item.path], fcntl.LOCK_SH)
                 except OSError:
                     continue  # its item has failed already, or its file is counted next time
         return locks
@@ -918,6 +918,14 @@ def _owner(text: str) -> tuple[int, int] | None:
         return entry.pw_uid, grp.getgrnam(group).gr_gid if group else entry.pw_gid
     except KeyError as error:
         raise ValueError(f"owner: {error.args[0]}") from error
+
+
+def _lock(directory: int, kind: int) -> None:
+    """Locks a mailbox, where its file system can; elsewhere a count may miss what arrives meanwhile, until the next one."""
+    try:
+        fcntl.flock(directory, kind)
+    except OSError:
+        pass
 
 
 def _remove(directory: int, name: str) -> None:

@@ -591,6 +591,15 @@ def test_quota_file_through_a_link_is_not_written(make: Callable[..., Maildir], 
     assert (tmp_path / "mine").read_text() == "10000S\n0 0\n"
 
 
+def test_quota_where_nothing_can_be_locked(make: Callable[..., Maildir], box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: int, kind: int) -> None:
+        raise OSError(errno.EBADF, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert deliver(make(quota=10000)).status is Status.DELIVERED
+    assert len(size_file(box)) == 3
+
+
 def test_the_sum_is_right_with_many_writers(make: Callable[..., Maildir], box: Path) -> None:
     """Eight workers, two mailboxes, counting and adding at once: nothing is counted twice or left out."""
     transports = [make(quota="1GB") for _ in range(8)]
