@@ -251,7 +251,7 @@ def test_the_examples_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.Monkey
     for code in tests:
         exec(compile(code, "docs/testing.md", "exec"), names)
     called = [names[name]() for name in names if name.startswith("test_")]
-    assert len(called) == 3
+    assert len(called) == 4
 
 
 def test_values() -> None:
