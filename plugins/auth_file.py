@@ -1,6 +1,6 @@
 """Knows users from a file: name, argon2id hash and SCRAM verifier, as `gmta user add` writes them.
 
-Hooks: permit_auth, get_auth_mechanisms (SCRAM-SHA-256, PLAIN, LOGIN).  Keys: users_file.  Replies: none of its own; a user whom no
+Hooks: permit_auth, get_auth_mechanisms (SCRAM-SHA-256, PLAIN, LOGIN).  Keys: users_file, mechanisms.  Replies: none of its own; a user whom no
 plugin permits gets 535 5.7.8.
 
 The file is read again when it changes. Passwords are hashed in a native thread, a few at a time; where many wait, those come first
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Literal
 
 from gevent.event import Event
 from pydantic import Field
@@ -33,12 +33,15 @@ class Config(PluginConfig):
     """[plugin:auth_file]"""
 
     users_file: Path = Field(DEFAULT_FILE, description="what gmta user add writes")
+    mechanisms: list[Literal["SCRAM-SHA-256", "PLAIN", "LOGIN"]] = Field(["SCRAM-SHA-256", "PLAIN", "LOGIN"], min_length=1,
+                                                                         description="what is offered for these users")
 
 
 class Plugin:
     """The users of one file."""
 
     def __init__(self, config: Config, services: Any) -> None:
+        self._config = config
         self._services = services
         self._users = Users(config.users_file)
         self._looked_at = 0.0
@@ -69,8 +72,8 @@ class Plugin:
 
     @hookimpl
     def get_auth_mechanisms(self) -> list[str]:
-        """All that need a password or its verifier."""
-        return ["SCRAM-SHA-256", "PLAIN", "LOGIN"]
+        """Those of the key `mechanisms`."""
+        return list(self._config.mechanisms)
 
     @hookimpl
     def permit_auth(self, session: Session, credentials: Credentials) -> Verdict | None:

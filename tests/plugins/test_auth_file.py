@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from gmta.cli import main
+from gmta.config import ConfigError
 from gmta.hookspecs import Credentials
 from gmta.mail.verdict import Verdict
 from gmta.receive.authentication import Authentication
@@ -52,6 +53,13 @@ def test_right_and_wrong(users: Path, services: Any) -> None:
     for user, secret in (("user@example.test", "secret"), ("user@example.test", ""), ("other@example.test", "sécret"), ("", "x"), ("user@example.test", "x" * 5000)):
         assert ask(plugin, user, secret)[0] is None
     assert ask(plugin, "user@example.test", "sécret", "XOAUTH2")[0] is None
+
+
+def test_mechanisms_can_be_left_out(users: Path, services: Any) -> None:
+    assert load_plugin("auth_file", services, users_file=users).get_auth_mechanisms() == ["SCRAM-SHA-256", "PLAIN", "LOGIN"]
+    assert load_plugin("auth_file", services, users_file=users, mechanisms="PLAIN, LOGIN").get_auth_mechanisms() == ["PLAIN", "LOGIN"]
+    with pytest.raises(ConfigError, match="mechanisms"):
+        load_plugin("auth_file", services, users_file=users, mechanisms="CRAM-MD5")
 
 
 def test_unknown_users_cost_as_much_as_known_ones(users: Path, services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
