@@ -228,7 +228,6 @@ def _plain(ip: str) -> str:
 
 def main() -> int:
     """Entry of the worker process."""
-    sys.setswitchinterval(0.002)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     given = json.loads(os.environ["GMTA_WORKER"])
