@@ -74,6 +74,8 @@ class Reply:
     def _build(self) -> bytes:
         prefix = f"{self.enhanced} " if self.enhanced else ""
         room = MAX_LINE - 6 - len(prefix)
+        if len(self.lines) == 1 and len(self.lines[0]) <= room and self.lines[0].isascii():
+            return f"{self.code} {prefix}{self.lines[0]}\r\n".encode("ascii")
         lines: list[bytes] = []
         for line in self.lines[:MAX_LINES]:
             text = line.encode("ascii", "backslashreplace")
