@@ -35,6 +35,7 @@ from gmta.mail.session import Recipient, Session, Transaction
 from gmta.mail.verdict import Outcome, Status, deferred, delivered, failed
 from gmta.queue.store import Event, Settlement, Store, StoreError
 
+SORTED_A_TICK = 1000
 MAX_RECIPIENTS = 100  # of one delivery
 MAX_SAID = 1000  # characters of what was said that a recipient's state keeps
 MEMORY_BYTES = 32 * 1024 * 1024
@@ -111,6 +112,7 @@ class Scheduler:
         self._published: Any = None
         self._store_failing = 0
         self._stopping = False
+        self._sorted = 0  # recipients taken since the last tick and given back, their lanes being full
         self._wake = Signal()
         self._loop: gevent.Greenlet | None = None
         self._adopted_at = 0.0
@@ -260,6 +262,7 @@ class Scheduler:
 
     def _tick(self) -> None:
         """What is to be done every second."""
+        self._sorted = 0
         self.lanes.tick()
         try:
             if self._store.changed_outside():
@@ -297,7 +300,11 @@ class Scheduler:
             before = self._waiting
             for envelope in envelopes:
                 self._dispatch(envelope, None)
-            self._taken += max(0, self._waiting - before)
+            kept = max(0, self._waiting - before)
+            self._taken += kept
+            self._sorted += sum(len(envelope.recipients) for envelope in envelopes) - kept
+            if self._sorted >= SORTED_A_TICK and self._waiting:
+                return  # the rest learns its lanes later: those that have room are at work meanwhile
 
     def _done(self, job: Job) -> None:
         """A job left memory; when half of what was taken is done, more is taken at once, but not for a few recipients each time."""
