@@ -17,14 +17,13 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from email.header import Header
-from email.utils import format_datetime
 from typing import Any
 
 from pydantic import Field
 
 from gmta import Duration, PluginConfig, hookimpl
 from gmta.config import Path
-from gmta.mail import mime
+from gmta.mail import mime, trace
 from gmta.mail.address import NULL, Address
 from gmta.mail.message import Message
 from gmta.mail.session import Recipient, Session, Transaction
@@ -42,6 +41,7 @@ _LIST_FIELDS = frozenset({"list-id", "list-help", "list-unsubscribe", "list-post
                           "x-autorespond", "x-auto-response-suppress", "x-loop"})
 _TO = ("to", "cc", "resent-to", "resent-cc", "bcc")
 _MESSAGE_ID = re.compile(r"<[^<>\s]{1,250}>")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]+")
 _NAME = re.compile(r"[^/\x00-\x20]{1,320}\Z")
 _FIELD = re.compile(r"(subject|from-date|until-date)\s*:\s*(.*)\Z", re.I)
 
@@ -70,14 +70,14 @@ class Text:
     """A file's content; raises ValueError where it can't be used. until: the last day."""
 
     def __init__(self, octets: bytes) -> None:
-        lines = octets.decode("utf-8").replace("\r\n", "\n").split("\n")
+        lines = octets.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n").split("\n")
         self.subject = ""
         self.first: date | None = None
         self.until: date | None = None
         while lines and (match := _FIELD.match(lines[0])) is not None:
             name, value = match[1].lower(), match[2].strip()
             if name == "subject":
-                self.subject = value
+                self.subject = _CONTROLS.sub(" ", value)
             elif name == "from-date":
                 self.first = date.fromisoformat(value)
             else:
@@ -172,7 +172,7 @@ class Plugin:
     @staticmethod
     def _answer_to(recipient: Recipient, sender: Address, fields: dict[str, list[bytes]]) -> Due:
         def text(name: str) -> str:
-            return re.sub(r"[\x00-\x1f\x7f]+", " ", mime.field_text(fields.get(name, [b""])[0][:20_000])[0])
+            return _CONTROLS.sub(" ", mime.field_text(fields.get(name, [b""])[0][:20_000])[0])
 
         ids = _MESSAGE_ID.findall(text("message-id"))[:1]
         return Due(recipient.address, sender, text("subject")[:MAX_SUBJECT], ids[0] if ids else "", _MESSAGE_ID.findall(text("references"))[-MAX_REFERENCES:] + ids)
@@ -199,8 +199,7 @@ class Plugin:
     def compose(self, name: str, due: Due, text: Text) -> bytes:
         """The answer's octets (RFC 3834 section 3)."""
         subject = text.subject or f"Auto: {due.subject}".rstrip()
-        at = format_datetime(datetime.fromtimestamp(self._services.clock(), UTC))
-        lines = [f"From: {due.mailbox}", f"To: {due.sender}", f"Subject: {_encoded(subject)}", f"Date: {at}", f"Message-ID: <autoreply.{name}@{self._services.hostname}>",
+        lines = [f"From: {due.mailbox}", f"To: {due.sender}", f"Subject: {_encoded(subject)}", f"Date: {trace.date(self._services.clock())}", f"Message-ID: <autoreply.{name}@{self._services.hostname}>",
                  "Auto-Submitted: auto-replied", "X-Auto-Response-Suppress: All"]
         if due.message_id:
             lines.append(f"In-Reply-To: {due.message_id}")

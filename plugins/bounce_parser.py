@@ -157,16 +157,16 @@ class Plugin:
     @hookimpl
     def check_message(self, session: Session, transaction: Transaction, message: Message) -> None:
         """Leaves the events of a report as a note."""
-        for recipient in transaction.recipients:
-            detail = self._detail(recipient.original)
-            if detail is None:
-                continue
-            try:
-                events = read_report(message)
-            except OSError as error:
-                self._services.log.error("report can't be read", id=transaction.id, error=str(error))
-                return
-            found = self._about(events, recipient.original, verp_recipient(detail))
+        ours = [(recipient.original, detail) for recipient in transaction.recipients if (detail := self._detail(recipient.original)) is not None]
+        if not ours:
+            return
+        try:
+            events = read_report(message)
+        except OSError as error:
+            self._services.log.error("report can't be read", id=transaction.id, error=str(error))
+            return
+        for address, detail in ours:
+            found = self._about(events, address, verp_recipient(detail))
             for event in found:
                 self._services.log.info("report read", id=transaction.id, event=event["event"], recipient=event["recipient"],
                                         status=event.get("status"), reply=event.get("reply"))

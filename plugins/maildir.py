@@ -53,12 +53,14 @@ _NO_NAME = gmta.failed("The address makes no name for a mailbox", enhanced="5.1.
 _READ = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _PASS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC  # asks for no right to read it
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OTHERS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a mailbox's owner may have put a FIFO there: nobody waits for its other end
 _NAMES = 9  # tries where a name is taken
 _PARTS = ("cur", "new", "tmp")  # in the order in which they are made: who finds tmp finds all
 
 _SIZE_FILE = "maildirsize"
 _SIZE_FILE_MOST = 5120  # octets
 _STALE_S = 15 * 60.0
+_NUMBER = re.compile(rb"[0-9]{1,18}")
 _SIZE_IN_NAME = re.compile(r",S=([0-9]{1,18})(?=[:,]|\Z)")
 
 
@@ -132,12 +134,14 @@ class Usage(NamedTuple):
 def read_usage(top: int, limits: Limits, now: float) -> Usage | None:
     """What maildirsize says of the open Maildir; None where it has to be counted anew. now: Unix seconds."""
     try:
-        file = os.open(_SIZE_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+        file = os.open(_SIZE_FILE, os.O_RDONLY | _OTHERS, dir_fd=top)
     except OSError:
         return None
     try:
         data = os.read(file, _SIZE_FILE_MOST + 1)
         changed_at = os.fstat(file).st_mtime
+    except BlockingIOError:  # a FIFO
+        return None
     finally:
         _close(file)
     head, _, rest = data.partition(b"\n")
@@ -162,7 +166,7 @@ def _read_limits(line: bytes) -> Limits | None:
     found = {b"S": 0, b"C": 0}
     for word in line.strip().split(b","):
         kind, number = word[-1:], word[:-1]
-        if kind not in found or not number.isdigit():
+        if kind not in found or _NUMBER.fullmatch(number) is None:
             return None
         found[kind] = int(number)
     return Limits(found[b"S"], found[b"C"])
@@ -362,11 +366,14 @@ class Maildir:
                 outcome = _LOOP
             else:
                 try:
-                    outcome = batch.submit(self._item(delivery, recipient))
-                except OSError as error:
-                    outcome = _outcome(error)
+                    item = self._item(delivery, recipient)
                 except ValueError:
                     outcome = _NO_NAME
+                else:
+                    try:
+                        outcome = batch.submit(item)
+                    except OSError as error:
+                        outcome = _outcome(error)
             outcomes[recipient.number] = outcome or _DONE
         return outcomes
 
@@ -628,7 +635,7 @@ class Maildir:
                     sums[item.path][1] += 1
         for path, (size, count) in sums.items():
             try:
-                file = os.open(_SIZE_FILE, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=locks[path])
+                file = os.open(_SIZE_FILE, os.O_WRONLY | os.O_APPEND | _OTHERS, dir_fd=locks[path])
             except OSError:
                 continue  # there is none: the next who asks counts
             try:
@@ -801,7 +808,7 @@ class Opened:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
                 raise
             if item.make_folder:
-                file = os.open("maildirfolder", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, self._maildir.file_mode,
+                file = os.open("maildirfolder", os.O_WRONLY | os.O_CREAT | _OTHERS, self._maildir.file_mode,
                                dir_fd=self.directory(path, make=True))  # what marks a folder in Maildir++
                 try:
                     self._maildir.give(file, self._maildir.file_mode)
@@ -832,7 +839,7 @@ def _content(item: Item) -> Iterator[bytes]:
 
 def _same(directory: int, name: str, other_directory: int, other_name: str) -> bool:
     """Whether two files hold the same octets."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDONLY | _OTHERS
     with open(os.open(name, flags, dir_fd=directory), "rb") as one, open(os.open(other_name, flags, dir_fd=other_directory), "rb") as other:
         while True:
             piece = one.read(LARGE)

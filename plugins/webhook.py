@@ -317,7 +317,7 @@ def envelope_facts(sender: Address, recipients: list[tuple[Address, str]], separ
 
 
 def _recipient(address: Address, original: str, separator: str) -> dict[str, str]:
-    user, detail = address.split_detail(separator) if separator else (address.mailbox, "")
+    user, detail = address.split_detail(separator)
     return {"address": str(address), "original": original or str(address), "user": user, "detail": detail}
 
 

@@ -42,6 +42,7 @@ KEPT = 256  # connections to one address
 USER_AGENT = "gmta"
 
 _ID = re.compile(r"[!-~]+\Z")
+_SECONDS = re.compile(r"[0-9]{1,15}\Z")
 _UNICAST = ipaddress.IPv6Network("2000::/3")  # RFC 4291 section 2.4: all that is given out
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052 section 2.1: an IPv4 address in the last 32 bits
 
@@ -128,7 +129,7 @@ class Secrets:
 
     def verify(self, id: str, timestamp: str, signature: str, pieces: Iterable[bytes], now: float) -> str:
         """"" where the signature holds for the body, else why it does not."""
-        if _ID.match(id) is None or not timestamp.isascii() or not timestamp.isdigit():
+        if _ID.match(id) is None or _SECONDS.match(timestamp) is None:
             return "webhook-id or webhook-timestamp is malformed"
         if abs(now - int(timestamp)) > TOLERANCE_S:
             return f"webhook-timestamp is more than {TOLERANCE_S:g} seconds away from now"
@@ -290,7 +291,8 @@ class Endpoint:
                 if fresh or pool.num_connections != made or not isinstance(error.args[-1], (ConnectionError, http.client.RemoteDisconnected)):
                     raise PostFailed(f"{address}: {_words(error)}", taken=True) from error
                 pool.close()  # a kept connection ended while we spoke; the next one is new
-                del self._pools[address]
+                if self._pools.get(address) is pool:  # another request, whose connection ended too, may have been here
+                    del self._pools[address]
                 pool = self._pool(address)
                 headers = {**headers, **(again or {})}
             except (HTTPError, http.client.HTTPException, ValueError) as error:

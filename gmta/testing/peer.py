@@ -208,13 +208,10 @@ class Session:
 
     def _say(self, command: str, standard: str) -> bool:
         """The reply that the test has set for a command, or the standard one; False where it is to close."""
-        for start, reply in self._peer.replies.items():
-            if command.upper().startswith(start.upper()):
-                if reply is None:
-                    return False
-                standard = reply
-                break
-        self._send("".join(f"{line}\r\n" for line in standard.split("\n")).encode("latin-1"))
+        said = self._reply(command, standard)
+        if said is None:
+            return False
+        self._send("".join(f"{line}\r\n" for line in said.split("\n")).encode("latin-1"))
         return True
 
     def _play(self, *, greeted: bool = False, spent: bool = False) -> None:

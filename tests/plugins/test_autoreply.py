@@ -59,6 +59,16 @@ def test_answer_goes_from_nobody_to_the_sender(office: Office) -> None:
     assert b"\n" not in raw.replace(b"\r\n", b"")
 
 
+@pytest.mark.parametrize("text", ["Subject: Away\rBcc: x@far.example\n\nI am away.\n", "Subject: Away\x0bBcc: x@far.example\n\nI am\raway.\n"])
+def test_controls_in_a_text_make_no_field(tmp_path: Path, text: str) -> None:
+    office = Office(tmp_path, "x\n")
+    (tmp_path / "joe@example.test").write_bytes(text.encode())
+    assert office.mail() == 1
+    raw = office.sent[0][2]
+    assert email.message_from_bytes(raw)["Bcc"] is None
+    assert b"\r" not in raw.replace(b"\r\n", b"")
+
+
 def test_once_in_a_period_a_sender(office: Office) -> None:
     assert office.mail() == 1
     assert office.mail() == office.mail(sender="ANN@far.example") == 1

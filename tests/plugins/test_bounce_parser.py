@@ -21,6 +21,7 @@ from gmta.testing.fakes import (
     make_session,
     make_transaction,
 )
+from gmta_plugins import bounce_parser
 from gmta_plugins.bounce_parser import Config, Plugin, verp_recipient
 
 ADDRESS = "bounces+joe=far.example@example.test"
@@ -53,6 +54,13 @@ def test_failure_is_an_event(plugin: Plugin) -> None:
     assert event == {"event": "bounced", "source": "report", "recipient": "joe@far.example", "address": ADDRESS, "reported": "joe@far.example",
                      "final_recipient": "joe@far.example", "action": "failed", "status": "5.1.1", "reply": "550 5.1.1 unknown", "remote": "mx.far.example",
                      "reporter": "mx.far.example", "envid": "E1", "message_id": "<1@example.test>", "subject": "hi"}
+
+
+def test_report_to_many_addresses_is_read_once(plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Message] = []
+    monkeypatch.setattr(bounce_parser, "read_report", lambda message: read.append(message) or [])
+    events_of(plugin, make_message(report(FAILED)), *(f"bounces+n{number}=far.example@example.test" for number in range(5)))
+    assert len(read) == 1
 
 
 def test_delay_and_complaint_are_events(plugin: Plugin) -> None:

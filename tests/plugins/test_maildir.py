@@ -591,6 +591,34 @@ def test_quota_file_through_a_link_is_not_written(make: Callable[..., Maildir], 
     assert (tmp_path / "mine").read_text() == "10000S\n0 0\n"
 
 
+@pytest.mark.parametrize("text", ["9" * 5000 + "S\n0 0\n", "10000S\n" + "9" * 5000 + " 1\n", "\udcff", "-1S\n0 0\n"])
+def test_odd_quota_file_fails_nobody_of_a_batch(make: Callable[..., Maildir], box: Path, text: str) -> None:
+    """What a mailbox's owner writes there costs a count, and no message of anybody."""
+    box.mkdir(parents=True)
+    (box / "maildirsize").write_bytes(text.encode("utf-8", "surrogateescape"))
+    outcomes = make(quota=10000).deliver(delivery(JOE, Address("ann", "c.example")))
+    assert [one.status for one in outcomes.values()] == [Status.DELIVERED] * 2
+    assert size_file(box)[0] == "10000S"
+
+
+@pytest.mark.parametrize("fifo", ["maildirsize", ".Junk/maildirfolder", "tmp/NAME", "new/NAME"])
+def test_nobody_waits_for_a_fifo(make: Callable[..., Maildir], box: Path, fifo: str) -> None:
+    """What a mailbox's owner puts there holds up no thread."""
+    transport = make(quota=10000)
+    deliver(transport)
+    (name,) = (file.name for file in files(box))
+    stem, size = name.split(",")
+    path = box / fifo.replace("NAME", stem if "tmp" in fifo else f"{stem.replace('0123456789ABCDEF', '2')},{size}")
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    done: list[Outcome] = []
+    thread = threading.Thread(target=lambda: done.append(deliver(make(quota=10000), id="2", tags=("quarantine",) if "Junk" in fifo else ())), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert done and (box / ("new" if "Junk" not in fifo else ".Junk")).is_dir()
+
+
 def test_quota_where_nothing_can_be_locked(make: Callable[..., Maildir], box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(file: int, kind: int) -> None:
         raise OSError(errno.EBADF, "no locks here")

@@ -221,6 +221,7 @@ def test_signature_verifies_with_the_public_package_for_each_secret(peers: Make,
     assert Secrets([SECRET]).verify(*given, [heard.body], START_AT) == ""
     assert "secret" in Secrets([SECRET]).verify(*given, [heard.body, b"x"], START_AT)
     assert "seconds" in Secrets([SECRET]).verify(*given, [heard.body], START_AT + 301)
+    assert "malformed" in Secrets([SECRET]).verify(given[0], "9" * 5000, given[2], [heard.body], START_AT)
 
 
 def test_another_set_of_recipients_has_another_id() -> None:
