@@ -110,6 +110,9 @@ class ClientProtocol:
         elif command == "RCPT":
             if reply.code < 300:
                 self._recipients += 1
+        elif command in ("MAIL", "RSET"):
+            if reply.code < 300:  # a MAIL within a transaction is refused and ends nothing (RFC 5321 section 4.1.4)
+                self._recipients = 0
         elif command == "DATA":
             self.in_data = reply.code == 354
             if self.in_data:
@@ -118,6 +121,7 @@ class ClientProtocol:
                 self.in_data = replies > 0
         elif command == _END:
             self.in_data = False
+            self._recipients = 0
         elif command == "STARTTLS":
             self._tls_next = reply.code == 220
 
@@ -200,9 +204,7 @@ class ClientProtocol:
             words.append("REQUIRETLS")
         if auth is not None:
             words.append(f"AUTH={encode_xtext(auth) or '<>'}")
-        line = self._command("MAIL", " ".join(words))
-        self._recipients = 0
-        return line
+        return self._command("MAIL", " ".join(words))
 
     def rcpt(self, recipient: Address | str, notify: Iterable[str] = (), orcpt: str = "") -> bytes:
         """RCPT. orcpt is "type;plain address" and is sent as xtext, or for the type utf-8 as RFC 6533 has it."""
@@ -220,7 +222,7 @@ class ClientProtocol:
         return self._command("DATA")
 
     def bdat(self, octets: int, last: bool) -> bytes:
-        """The line before a chunk of `octets` (RFC 3030 section 2)."""
+        """The line before a chunk of `octets` (RFC 3030 section 2); with LMTP the last one waits for the replies to RCPT."""
         line = self._command("BDAT", f"{octets} LAST" if last else str(octets))
         if last and self.lmtp:
             self._due.pop()
@@ -229,7 +231,6 @@ class ClientProtocol:
 
     def rset(self) -> bytes:
         """RSET."""
-        self._recipients = 0
         return self._command("RSET", greeted=False)
 
     def noop(self) -> bytes:

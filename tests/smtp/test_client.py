@@ -57,6 +57,18 @@ def test_lmtp_answers_once_for_each_accepted_recipient() -> None:
         client.next_reply()
 
 
+def test_recipients_are_those_of_the_transaction_that_the_answers_speak_of() -> None:
+    client = greeted()
+    for octets in (client.mail("a@b.example"), client.rcpt("c@d.example"), client.mail("nested@b.example"), client.rcpt("e@d.example"),
+                   client.rset(), client.mail("f@b.example"), client.rcpt("g@d.example")):
+        assert octets.endswith(b"\r\n")
+    client.receive_data(b"250 ok\r\n250 ok\r\n503 5.5.1 nested\r\n250 ok\r\n250 reset\r\n250 ok\r\n250 ok\r\n")
+    counts = []
+    while client.next_reply() is not None:
+        counts.append(client.recipients)
+    assert counts == [0, 1, 1, 2, 0, 0, 1]
+
+
 def test_commands_out_of_order_and_line_breaks_are_refused() -> None:
     with pytest.raises(ProtocolError):
         ClientProtocol().mail("a@b.example")
