@@ -35,7 +35,7 @@ from gmta.mail.session import Recipient, Session, Transaction
 from gmta.mail.verdict import Outcome, Status, deferred, delivered, failed
 from gmta.queue.store import Event, Settlement, Store, StoreError
 
-SORTED_A_TICK = 1000
+SORTED_A_TICK = 1000  # recipients that the store gives out a second only to hear that their lane takes none
 MAX_RECIPIENTS = 100  # of one delivery
 MAX_SAID = 1000  # characters of what was said that a recipient's state keeps
 MEMORY_BYTES = 32 * 1024 * 1024
@@ -212,6 +212,8 @@ class Scheduler:
             self._waiting += len(job.recipients)
         else:
             self._left_in_store = True
+            if job.message is None:
+                self._sorted += len(job.recipients)
             self._hand_back(lane, job)
 
     def _most(self) -> int:
@@ -300,9 +302,7 @@ class Scheduler:
             before = self._waiting
             for envelope in envelopes:
                 self._dispatch(envelope, None)
-            kept = max(0, self._waiting - before)
-            self._taken += kept
-            self._sorted += sum(len(envelope.recipients) for envelope in envelopes) - kept
+            self._taken += max(0, self._waiting - before)
             if self._sorted >= SORTED_A_TICK and self._waiting:
                 return  # the rest learns its lanes later: those that have room are at work meanwhile
 
@@ -326,8 +326,10 @@ class Scheduler:
         warn_after = min((one.warn_after for one in times if one.warn_after), default=math.inf)
         lifetime = min(one.lifetime for one in times)
         for envelope in self._store.overdue(now, now - warn_after, now - lifetime, now - queue.bounce_lifetime, _JUDGED):
-            over = [recipient for recipient in envelope.recipients if self._is_over(envelope, recipient, now)]
-            rest = [recipient for recipient in envelope.recipients if recipient not in over]
+            over: list[RecipientState] = []
+            rest: list[RecipientState] = []
+            for recipient in envelope.recipients:
+                (over if self._is_over(envelope, recipient, now) else rest).append(recipient)
             if rest:
                 self._release(Envelope(envelope.id, envelope.sender, rest))
             if over:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -569,6 +570,72 @@ def test_mx_hosts_decide_on_the_lane(world: Callable[..., World]) -> None:
     assert sorted(d.next_hop for d in it.transport.seen) == ["c.example"] + ["d.example"] * 3
 
 
+def unrouted(it: World, *to: Address) -> list[Envelope]:
+    """Messages in the store whose lanes it does not know yet."""
+    envelopes = []
+    for address in to:
+        envelope = Envelope(it.ids.new(), Address.parse("a@b.example"), [RecipientState(0, address)], 10, START)
+        it.store.put(envelope, MESSAGE)
+        it.store.release(envelope)
+        envelopes.append(envelope)
+    it.scheduler._left_in_store = True
+    return envelopes
+
+
+def routed(it: World, envelopes: list[Envelope]) -> int:
+    """How many of them the store knows the lane of."""
+    return sum(bool(state.next_hop) for envelope in envelopes for state in it.store.all_recipients(envelope.id))
+
+
+def test_mail_learns_in_portions_that_its_lane_is_full(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Signal()
+
+    class Slow(HopTransport):
+        def deliver(self, delivery: Any) -> dict[int, Outcome]:
+            if delivery.next_hop == "slow.example":
+                gate.wait()
+            return super().deliver(delivery)
+
+    monkeypatch.setattr("gmta.deliver.scheduler.SORTED_A_TICK", 20)
+    it = world(Slow(), window=10)
+    slow = unrouted(it, *[Address(f"u{n}", "slow.example") for n in range(90)])
+    fast, = unrouted(it, Address("x", "fast.example"))
+    known = []
+    with gevent.Timeout(10):
+        while it.store.message(fast.id) is not None:
+            it.scheduler._tick()
+            it.scheduler._take()
+            gevent.sleep(0.01)
+            known.append(routed(it, slow))
+    assert len(known) >= 3 and all(0 <= later - sooner <= 20 + 10 for sooner, later in pairwise(known))
+    assert it.scheduler._waiting <= 10
+    gate.set()
+    for _ in range(40):
+        it.later(0)
+    assert len(it.transport.seen) == 91 and len({delivery.envelope.id for delivery in it.transport.seen}) == 91
+
+
+def test_a_closed_lane_stops_nobody_where_nothing_else_waits(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gmta.deliver.scheduler.SORTED_A_TICK", 20)
+    down = deferred("down", enhanced="4.4.1", recipient_fault=False)
+    it = world(HopTransport(lambda delivery, recipient: down if delivery.next_hop == "down.example" else delivered()), window=10)
+    it.send("x@down.example")
+    it.settle()
+    unrouted(it, *[Address(f"u{n}", "down.example") for n in range(60)])
+    fast, = unrouted(it, Address("x", "fast.example"))
+    it.scheduler._take()
+    it.settle()
+    assert it.store.message(fast.id) is None and len(it.transport.seen) == 2
+
+
+def test_mail_that_is_delivered_while_its_neighbours_are_routed_has_had_room(world: Callable[..., World]) -> None:
+    it = world(FakeTransport(), hooks={"get_route": lambda envelope, recipient: gevent.sleep(0.005)})
+    unrouted(it, *[Address(f"u{n}", "c.example") for n in range(40)])
+    it.scheduler._take()
+    it.settle()
+    assert len(it.transport.seen) == 40 and it.scheduler._sorted == 0
+
+
 def test_a_slow_lane_leaves_room_in_the_window(world: Callable[..., World]) -> None:
     gate = Signal()
 
@@ -579,14 +646,8 @@ def test_a_slow_lane_leaves_room_in_the_window(world: Callable[..., World]) -> N
             return super().deliver(delivery)
 
     it = world(Slow(), window=10)
-    for n in range(40):
-        envelope = Envelope(it.ids.new(), Address.parse("a@b.example"), [RecipientState(0, Address(f"u{n}", "slow.example"))], 10, START)
-        it.store.put(envelope, MESSAGE)
-        it.store.release(envelope)
-    last = Envelope(it.ids.new(), Address.parse("a@b.example"), [RecipientState(0, Address("x", "fast.example"))], 10, START)
-    it.store.put(last, MESSAGE)
-    it.store.release(last)
-    it.scheduler._left_in_store = True
+    unrouted(it, *[Address(f"u{n}", "slow.example") for n in range(40)])
+    last, = unrouted(it, Address("x", "fast.example"))
     with gevent.Timeout(10):
         while it.store.message(last.id) is not None:
             it.scheduler._take()
