@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from gmta.mail.address import AddressError, literal_ip
 from gmta.mail.verdict import Outcome, deferred, failed
-from gmta.services.dns import Addresses, Answer, Status, name_text
+from gmta.services.dns import Addresses, Answer, Status, is_ip, name_text, plain_address
 
 MAX_TARGETS = 10  # addresses of one attempt
 MAX_EXCHANGERS = 50  # MX records looked at
@@ -96,7 +96,7 @@ class NextHops:
         targets: list[Target] = []
         trouble: NoTargets | None = None
         for name, port in hosts:
-            if name.startswith("/") or _is_ip(name):  # a socket of this machine has a path
+            if name.startswith("/") or is_ip(name):  # a socket of this machine has a path
                 targets.append(Target(name, name, port))
                 continue
             found = self._resolver.addresses(name)
@@ -111,7 +111,7 @@ class NextHops:
         """Public addresses of a host that we fetch something from, since others name it (RFC 8461); none where DNS has none."""
         found = self._resolver.addresses(host)
         return [address for address in self._order(found)
-                if not self._fault(address) and (self._allow_loopback or not ipaddress.ip_address(address).is_private)]
+                if not self._fault(address) and (self._allow_loopback or plain_address(address).is_global)]
 
     def failed(self, target: Target) -> None:
         """Notes that an address gave no connection."""
@@ -149,7 +149,7 @@ class NextHops:
                 if name == self._hostname and not implicit:
                     loops = True
                     break
-                if name == "." or _is_ip(name):
+                if name == "." or is_ip(name):
                     self._log.info("mx skipped", domain=domain, host=name, reason="not a host name")  # RFC 5321 section 5.1
                     continue
                 found = self._resolver.addresses(name)
@@ -197,9 +197,7 @@ class NextHops:
 
     def _fault(self, text: str) -> str:
         """Why an address can't be a mail host's, "" where it can."""
-        address = ipaddress.ip_address(text)
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-            address = address.ipv4_mapped
+        address = plain_address(text)
         if address.is_loopback:
             return "" if self._allow_loopback else "a loopback address"
         if address.is_unspecified or address.is_multicast or address.is_link_local:
@@ -225,11 +223,3 @@ class NextHops:
 def _dns_trouble(name: str, kind: str, reason: str) -> NoTargets:
     """DNS could not tell. The lane stays open: one domain's DNS says nothing about a host."""
     return NoTargets(deferred(f"DNS look-up of {name} ({kind}) failed: {reason}"[:400], enhanced="4.4.3"))
-
-
-def _is_ip(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True

@@ -152,12 +152,26 @@ def texts(answer: Answer) -> list[bytes]:
     return [b"".join(record.strings) for record in answer.records]
 
 
+def plain_address(ip: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An address without its zone, an IPv4-mapped one (RFC 4291 section 2.5.5.2) as IPv4; raises ValueError."""
+    address = ipaddress.ip_address(ip.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        return address.ipv4_mapped
+    return address
+
+
+def is_ip(text: str) -> bool:
+    """Whether it is an IP address, not a name."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def reverse_query(ip: str) -> str:
     """The name that the PTR records of an address stand at; raises ValueError."""
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(ip.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        address = address.ipv4_mapped
-    return address.reverse_pointer
+    return plain_address(ip).reverse_pointer
 
 
 class Server(NamedTuple):
@@ -285,15 +299,12 @@ class Resolver:
         """(result, name) for an address (RFC 8601 section 2.7.3): pass and its forward-confirmed name; fail, temperror, or permerror
         where it has no name at all, and ""."""
         try:
-            query = reverse_query(ip)
+            address = plain_address(ip)
         except ValueError:
             return "permerror", ""
         end = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
-        address = ipaddress.ip_address(ip.partition("%")[0])
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-            address = address.ipv4_mapped
         kind = "A" if address.version == 4 else "AAAA"
-        names = self.look_up(query, "PTR", timeout_s=timeout_s)
+        names = self.look_up(address.reverse_pointer, "PTR", timeout_s=timeout_s)
         if not names.records:
             return "temperror" if names.status is Status.TEMPORARY else "permerror", ""
         result = "fail"
@@ -584,17 +595,9 @@ def _own_answer(name: str, kind: str, now: float) -> Answer | None:
     if kind in ("A", "AAAA") and (name == "localhost" or name.endswith(".localhost")):
         loopback = dns.rdata.from_text("IN", kind, "127.0.0.1" if kind == "A" else "::1")
         return Answer(name, kind, Status.FOUND, (loopback,), False, name, now + TTL_MOST_S)
-    if _IPV4.match(name) or (":" in name and _is_ip(name)):
+    if _IPV4.match(name) or (":" in name and is_ip(name)):
         return Answer(name, kind, Status.NXDOMAIN, canonical=name, expires_at=now, reason="an IP address is not a name")
     return None
-
-
-def _is_ip(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _is_referral(message: dns.message.Message) -> bool:

@@ -39,6 +39,12 @@ def test_by_preference_and_the_families_in_turn() -> None:
                      Target("two.example", "192.0.2.2", 25, "two.example")]
 
 
+def test_the_web_is_fetched_from_public_addresses_only() -> None:
+    inside = ["10.0.0.1", "100.64.0.1", "127.0.0.1", "169.254.169.254", "192.168.1.1", "8.8.8.8"]
+    found = hops({"w.example": {"A": inside, "AAAA": ["::1", "fd00::1", "::ffff:10.0.0.1", "2606:4700::1"]}})
+    assert sorted(found.web_addresses("w.example")) == ["2606:4700::1", "8.8.8.8"] and found.web_addresses("none.example") == []
+
+
 def test_equals_come_in_any_order() -> None:
     zone = {"c.example": {"MX": [(10, f"h{n}.example") for n in range(5)]}, **{f"h{n}.example": {"A": f"192.0.2.{n + 1}"} for n in range(5)}}
     found = hops(zone, shuffle=random.Random(1).shuffle)
