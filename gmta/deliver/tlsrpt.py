@@ -18,7 +18,6 @@ import os
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from typing import Any
 from urllib.parse import unquote
 
@@ -28,6 +27,7 @@ from gmta.deliver.mtasts import Policy
 from gmta.deliver.nexthop import Target
 from gmta.deliver.tlspolicy import DomainPolicy, TlsRule
 from gmta.mail.address import Address, AddressError, parse_mailbox
+from gmta.mail.trace import date
 from gmta.queue import maildrop
 from gmta.queue.ids import IdSource
 from gmta.services.dns import Status, texts
@@ -136,7 +136,8 @@ class TlsReports:
             if since_midnight < _spread(self._hostname + domain) or self._state.add(f"tlsrpt-sent:{day}:{domain}", 1, KEEP_S) != 1:
                 continue
             addresses = self._addresses(domain)
-            if not addresses:
+            if not addresses:  # perhaps DNS can't tell now: the next look asks again
+                self._state.delete(f"tlsrpt-sent:{day}:{domain}")
                 continue
             report_id = f"{day}.{domain}@{self._hostname}"
             report = self.report(day, domain, report_id)
@@ -182,7 +183,7 @@ class TlsReports:
         text = f"""From: {self._organization_phrase()}<{self._sender}>
 To: {", ".join(str(address) for address in to)}
 Subject: Report Domain: {domain} Submitter: {submitter} Report-ID: <{report_id}>
-Date: {format_datetime(datetime.fromtimestamp(now, UTC))}
+Date: {date(now)}
 Message-ID: <tlsrpt.{report_id}>
 Auto-Submitted: auto-generated
 TLS-Report-Domain: {domain}

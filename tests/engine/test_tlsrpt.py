@@ -146,6 +146,20 @@ def test_what_could_not_be_left_is_left_later() -> None:
     assert len(world.sent) == 1
 
 
+def test_a_report_waits_where_dns_can_not_tell_who_gets_it() -> None:
+    world = World()
+    world.note()
+    world.clock.advance(DAY_S + SPREAD_S)
+    for worker in world.workers:
+        worker._resolver = Zone({"_smtp._tls.example.org": {"rcode": "SERVFAIL"}})
+    world.send_due()
+    assert not world.sent
+    world.workers[1]._resolver = world.zone
+    world.send_due()
+    world.send_due()
+    assert len(world.sent) == 1
+
+
 @pytest.mark.parametrize(("record", "addresses"), [
     ("v=TLSRPTv1; rua=mailto:a@b.example,https://c.example/x , mailto:d%2Be@f.example?subject=x", ["a@b.example", "d+e@f.example"]),
     ("v=TLSRPTv1;rua=MAILTO:a@b.example;x=y", ["a@b.example"]), ("v=TLSRPTv1; rua=https://c.example/x", []), ("v=TLSRPTv2; rua=mailto:a@b.example", []),
