@@ -516,8 +516,7 @@ class SmtpClient:
                 reply = self._read(self.settings.data_timeout, "the final reply")
             if chunking and reply.code in _NO_BDAT:
                 self._handed_over = False
-                failure = ConnectionFailed(self._outcome(reply))
-                failure.outcome = deferred(f"{self.remote} offers CHUNKING and refuses BDAT: {reply}"[:300], remote=self.remote)
+                failure = ConnectionFailed(deferred(f"{self.remote} offers CHUNKING and refuses BDAT: {reply}"[:300], remote=self.remote))
                 failure.again = failure.no_bdat = True
                 self._speaking = False
                 raise failure

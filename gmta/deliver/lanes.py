@@ -131,6 +131,7 @@ class Lanes:
         self._last_pause_s = min(MAX_PAUSE_S, max(config.queue.retry))
         self._bound: int = config.queue.deliveries
         self._allowed = self._bound
+        self._doubtful_most = max(1, self._bound // 2)
         self.gates = [Gate(name, section, self._workers) for name, section in config.lanes.items()]
         self._by_host = [gate for gate in self.gates if gate.hosts is not None]
         self._lanes: dict[tuple[str, str], Lane] = {}
@@ -308,7 +309,7 @@ class Lanes:
         if self._closed_till(lane) > now:
             self._close(lane)
         elif lane.jobs and lane.active < lane.limit:
-            if not lane.proven and _is_doubtful(lane, lane.jobs[0]) and self._doubtful >= max(1, self._bound // 2):
+            if not lane.proven and _is_doubtful(lane, lane.jobs[0]) and self._doubtful >= self._doubtful_most:
                 self._patient.append(lane)
                 lane.placed = True
             elif gate is not None and not gate.lets(now):
@@ -346,7 +347,7 @@ class Lanes:
         self._call(gate)
 
     def _call_patient(self) -> None:
-        if self._doubtful < max(1, self._bound // 2):
+        if self._doubtful < self._doubtful_most:
             self._place(self._patient.popleft())
 
     # --- feedback -------------------------------------------------------------------------------------------------
@@ -481,7 +482,7 @@ class Lanes:
                 break
             slow += 1
         self._allowed = self._bound + min(self._bound, slow)
-        for _ in range(min(len(self._patient), self._bound // 2 - self._doubtful)):
+        for _ in range(min(len(self._patient), self._doubtful_most - self._doubtful)):
             self._place(self._patient.popleft())
         for _ in range(min(self._ring.qsize() - self._idle, self._allowed - len(self._greenlets))):
             self._start()
