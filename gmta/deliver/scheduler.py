@@ -426,14 +426,18 @@ class Scheduler:
 
     def _heed(self, lane: Lane, outcomes: Iterable[Outcome]) -> None:
         """Lets `on_reply` judge what a remote said; what is deferred waits as long as its lane does."""
+        pauses: dict[Reply, float] = {}  # one answer for many recipients is judged once
         for outcome in outcomes:
             if outcome.own or outcome.status is Status.DELIVERED:
                 continue
-            pause_s = self.lanes.heard(lane, outcome.reply)
-            if pause_s:
-                self._log.warning("lane suspended", lane=lane.name, pause_s=round(pause_s), reply=outcome.reply)
-                if outcome.status is Status.DEFERRED:
-                    outcome.retry_after_s = max(outcome.retry_after_s or 0.0, pause_s)
+            reply = outcome.reply
+            pause_s = pauses.get(reply)
+            if pause_s is None:
+                pause_s = pauses[reply] = self.lanes.heard(lane, reply)
+                if pause_s:
+                    self._log.warning("lane suspended", lane=lane.name, pause_s=round(pause_s), reply=reply)
+            if pause_s and outcome.status is Status.DEFERRED:
+                outcome.retry_after_s = max(outcome.retry_after_s or 0.0, pause_s)
 
     def _load(self, queue_id: str) -> Message | None:
         """The message's octets, however long the store takes to give them."""

@@ -558,6 +558,15 @@ def test_a_reply_that_closes_a_lane(world: Callable[..., World]) -> None:
     assert len(it.transport.seen) == 2
 
 
+def test_one_reply_for_many_recipients_closes_a_lane_once(world: Callable[..., World]) -> None:
+    it = world(HopTransport(lambda *_: outcome_of(Reply(421, "4.7.0", "too fast"), remote="mx", recipient_fault=True)),
+               sections={"lane:x": {"match": "*.example", "on_reply": "421 4.7.0 -> pause 40m"}, "queue": {"retry": "5m", "warn_after": "0"}})
+    envelope = it.send(*[f"u{n}@c.example" for n in range(50)])
+    it.settle()
+    assert len(it.log.of("lane suspended")) == 1 and len(it.scheduler.lanes._times) <= 3
+    assert all(state.next_attempt_at >= START + 2400 for state in it.store.all_recipients(envelope.id))
+
+
 def test_mx_hosts_decide_on_the_lane(world: Callable[..., World]) -> None:
     zone = Zone({"c.example": {"MX": [(10, "mx1.big.example")]}, "d.example": {"MX": [(10, "mx.small.example")]}})
     it = world(HopTransport(), sections={"lane:big": {"match_mx": "*.big.example", "rate": "1/h"}}, resolver=zone)
