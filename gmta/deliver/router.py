@@ -1,9 +1,10 @@
 """Routing: which transport and next hop a recipient goes to, asked again at every attempt.
 
 The order is: the transport that permit_rcpt fixed, the first answer of the get_route hook, the sender rules of the [route]
-table (from:address, from:domain, from:.domain, from:<>), its other entries (the most specific wins whatever the order: address,
-domain, .subdomain, local, *). A target is a transport's name, `fail`, `hold` or `discard`. Connecting, MX look-ups and queueing are left to transports and lanes. A recipient without a route
-gets a failed Outcome; a target that names no transport (a plugin's error) a deferred one, so that nothing is lost.
+table (from:address, from:domain, from:.domain, from:<>), its other entries (the most specific wins whatever the order: address, domain,
+.subdomain, local, *). A target is a transport's name, `fail`, `hold` or `discard`. Connecting, MX look-ups and queueing are left to
+transports and lanes. A recipient without a route gets a failed Outcome; a target that names no transport (a plugin's error) a
+deferred one, so that nothing is lost.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ LOOK_S = 600.0
 SPREAD_S = 4 * 3600  # RFC 8460 section 4.1: some time after midnight, not everybody at once
 MAX_DETAILS = 1000  # failures told apart in a report
 MAX_ADDRESSES = 10
+MAX_DOMAINS = 100_000  # of a day
 MAX_KNOWN = 10_000
 
 _RECORD = re.compile(rb"v=TLSRPTv1[ \t]*;[ \t]*rua=([^;]+)(?:;.*)?\Z", re.S)
@@ -130,14 +131,16 @@ class TlsReports:
         now = self._clock()
         day = _day(now - DAY_S)
         since_midnight = now % DAY_S
-        prefix = f"tlsrpt-domain:{day}:"
-        for key, _ in self._state.scan(prefix):
+        prefix, sent_prefix = f"tlsrpt-domain:{day}:", f"tlsrpt-sent:{day}:"
+        sent = {key for key, _ in self._state.scan(sent_prefix, MAX_DOMAINS)}
+        for key, _ in self._state.scan(prefix, MAX_DOMAINS):
             domain = key.removeprefix(prefix)
-            if since_midnight < _spread(self._hostname + domain) or self._state.add(f"tlsrpt-sent:{day}:{domain}", 1, KEEP_S) != 1:
+            sent_key = sent_prefix + domain
+            if since_midnight < _spread(self._hostname + domain) or sent_key in sent or self._state.add(sent_key, 1, KEEP_S) != 1:
                 continue
             addresses = self._addresses(domain)
             if not addresses:  # perhaps DNS can't tell now: the next look asks again
-                self._state.delete(f"tlsrpt-sent:{day}:{domain}")
+                self._state.delete(sent_key)
                 continue
             report_id = f"{day}.{domain}@{self._hostname}"
             report = self.report(day, domain, report_id)
@@ -145,7 +148,7 @@ class TlsReports:
                 self._submit(self._sender, addresses, self._message(report, domain, report_id, addresses, now))
             except OSError as error:
                 self._log.error("tls report can't be sent", domain=domain, error=str(error))
-                self._state.delete(f"tlsrpt-sent:{day}:{domain}")
+                self._state.delete(sent_key)
                 continue
             self._log.info("tls report", domain=domain, to=[str(address) for address in addresses], day=day)
 

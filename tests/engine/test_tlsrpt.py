@@ -197,3 +197,14 @@ def test_its_sender_is_an_address() -> None:
     assert make_config("[tlsrpt]\nsend = yes\nsender = tls@example.test\n").tlsrpt.sender == "tls@example.test"
     with pytest.raises(ConfigError, match="sender: expected an address"):
         make_config("[tlsrpt]\nsender = nobody\n")
+
+
+def test_what_was_sent_is_not_written_down_again() -> None:
+    world = World()
+    world.note()
+    world.clock.advance(DAY_S + SPREAD_S)
+    world.send_due()
+    counted = world.state.scan("tlsrpt-sent:")
+    for _ in range(5):
+        world.send_due()
+    assert len(world.sent) == 1 and world.state.scan("tlsrpt-sent:") == counted
