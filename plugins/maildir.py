@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import base64
 import errno
-import fcntl
 import grp
 import os
 import pwd
@@ -41,6 +40,19 @@ from gmta.mail.address import Address, AddressError
 from gmta.mail.envelope import Envelope, RecipientState, stored_address
 from gmta.mail.message import Message, with_lf
 from gmta.services.files import NO_ROOM, rename_new, start_writing_out, sync_directory, write_all
+from gmta.services.maildirsize import (
+    OTHERS,
+    Limits,
+    Usage,
+    add_usage,
+    count_usage,
+    forget_usage,
+    lock,
+    read_usage,
+    remove,
+    unlock,
+    write_usage,
+)
 
 LINGER_S = 0.010
 BATCH = 32
@@ -53,15 +65,8 @@ _NO_NAME = gmta.failed("The address makes no name for a mailbox", enhanced="5.1.
 _READ = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _PASS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC  # asks for no right to read it
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_OTHERS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a mailbox's owner may have put a FIFO there: nobody waits for its other end
 _NAMES = 9  # tries where a name is taken
 _PARTS = ("cur", "new", "tmp")  # in the order in which they are made: who finds tmp finds all
-
-_SIZE_FILE = "maildirsize"
-_SIZE_FILE_MOST = 5120  # octets
-_STALE_S = 15 * 60.0
-_NUMBER = re.compile(rb"[0-9]{1,18}")
-_SIZE_IN_NAME = re.compile(r",S=([0-9]{1,18})(?=[:,]|\Z)")
 
 
 class Config(PluginConfig):
@@ -106,110 +111,6 @@ class TransportConfig(PluginConfig):
 
 
 # --- quota ------------------------------------------------------------------------------------------------------
-
-
-class Limits(NamedTuple):
-    """A mailbox's quota; 0 is none of that kind."""
-
-    octets: int
-    messages: int
-
-    def hold(self, used: Usage, size: int = 0, count: int = 0) -> bool:
-        """Whether there is room for more."""
-        return not ((self.octets and used.octets + size > self.octets) or (self.messages and used.messages + count > self.messages))
-
-    def __str__(self) -> str:
-        """The first line of maildirsize."""
-        return ",".join([f"{self.octets}S"] * bool(self.octets or not self.messages) + [f"{self.messages}C"] * bool(self.messages))
-
-
-class Usage(NamedTuple):
-    """What is in a mailbox. trusted: good enough to refuse mail by."""
-
-    octets: int
-    messages: int
-    trusted: bool = True
-
-
-def read_usage(top: int, limits: Limits, now: float) -> Usage | None:
-    """What maildirsize says of the open Maildir; None where it has to be counted anew. now: Unix seconds."""
-    try:
-        file = os.open(_SIZE_FILE, os.O_RDONLY | _OTHERS, dir_fd=top)
-    except OSError:
-        return None
-    try:
-        data = os.read(file, _SIZE_FILE_MOST + 1)
-        changed_at = os.fstat(file).st_mtime
-    except BlockingIOError:  # a FIFO
-        return None
-    finally:
-        _close(file)
-    head, _, rest = data.partition(b"\n")
-    if len(data) > _SIZE_FILE_MOST or _read_limits(head) != limits:
-        return None
-    octets = messages = 0
-    lines = rest.split(b"\n")[:-1]  # the last may be in the making
-    try:
-        for line in lines:
-            size, count = line.split()
-            octets += int(size)
-            messages += int(count)
-    except ValueError:
-        return None
-    if not lines or octets < 0 or messages < 0:
-        return None
-    return Usage(octets, messages, len(lines) == 1 and now - _STALE_S <= changed_at)
-
-
-def _read_limits(line: bytes) -> Limits | None:
-    """The quota in a first line; None where it can't be read."""
-    found = {b"S": 0, b"C": 0}
-    for word in line.strip().split(b","):
-        kind, number = word[-1:], word[:-1]
-        if kind not in found or _NUMBER.fullmatch(number) is None:
-            return None
-        found[kind] = int(number)
-    return Limits(found[b"S"], found[b"C"])
-
-
-def count_usage(top: int, *, courier: bool = False) -> tuple[Usage, dict[str, int]]:
-    """What lies in new/ and cur/ of a Maildir and its folders; and when those directories changed last."""
-    octets = messages = 0
-    stamps: dict[str, int] = {}
-    with os.scandir(top) as entries:
-        folders = [entry.name for entry in entries
-                   if entry.name.startswith(".") and entry.is_dir(follow_symlinks=False) and not (courier and entry.name == ".Trash")]
-    for part in [f"{folder}/{part}" for folder in (".", *folders) for part in ("new", "cur")]:
-        try:
-            directory = os.open(part, _READ | os.O_NOFOLLOW, dir_fd=top)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                continue
-            raise
-        try:
-            stamps[part] = os.fstat(directory).st_mtime_ns
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if name.startswith(".") or (courier and "T" in name.partition(":2,")[2]):
-                        continue
-                    match = _SIZE_IN_NAME.search(name)
-                    try:
-                        octets += int(match[1]) if match else entry.stat(follow_symlinks=False).st_size
-                    except FileNotFoundError:  # moved by a reader since
-                        continue
-                    messages += 1
-        finally:
-            _close(directory)
-    return Usage(octets, messages), stamps
-
-
-def _stamps_differ(top: int, stamps: dict[str, int]) -> bool:
-    """Whether one of the directories changed since it was counted."""
-    try:
-        return any(os.stat(part, dir_fd=top, follow_symlinks=False).st_mtime_ns != stamp for part, stamp in stamps.items())
-    except FileNotFoundError:
-        return True
 
 
 class Overrides:
@@ -475,30 +376,13 @@ class Maildir:
         used = read_usage(top, limits, now)
         if used is not None and (used.trusted or limits.hold(used, size, count)):
             return used
-        _lock(top, fcntl.LOCK_EX)  # nobody of ours is between a message's rename and its line in maildirsize
+        lock(top, exclusive=True)  # nobody of ours is between a message's rename and its line in maildirsize
         try:
             used, stamps = count_usage(top, courier=self._courier)
-            self._write_usage(top, limits, used, stamps)
+            write_usage(top, limits, used, stamps, self.file_mode, self.give)
             return used
         finally:
-            _lock(top, fcntl.LOCK_UN)
-
-    def _write_usage(self, top: int, limits: Limits, used: Usage, stamps: dict[str, int]) -> None:
-        """Writes a new maildirsize; where the Maildir changed meanwhile, or it can't be written, there is none until the next count."""
-        try:
-            if _stamps_differ(top, stamps):
-                raise FileExistsError
-            temporary = f"{_SIZE_FILE}.new"
-            _remove(top, temporary)
-            file = os.open(temporary, _NEW, self.file_mode, dir_fd=top)
-            try:
-                self.give(file, self.file_mode)
-                write_all(file, f"{limits}\n{used.octets} {used.messages}\n".encode("ascii"))
-            finally:
-                _close(file)
-            os.rename(temporary, _SIZE_FILE, src_dir_fd=top, dst_dir_fd=top)
-        except OSError:
-            _remove(top, _SIZE_FILE)
+            unlock(top)
 
     def _write_all(self, items: list[Item]) -> list[Any]:
         """Writes every file, syncs them, renames them, then syncs each directory once: None, an Outcome or an OSError for each item.
@@ -530,7 +414,7 @@ class Maildir:
                 except OSError as error:
                     results[number] = error
                 if results[number] is not None:
-                    _remove(place.tmp, one.temporary)
+                    remove(place.tmp, one.temporary)
             for new, numbers in touched.items():
                 try:
                     os.fsync(new)
@@ -557,7 +441,7 @@ class Maildir:
                 if number in found:
                     touched.setdefault(place.new, []).append(number)
                     if item.limits is not None:  # whether it was counted nobody knows
-                        _remove(opened.directory(item.path), _SIZE_FILE)
+                        forget_usage(opened.directory(item.path))
                     continue
                 if item.limits is not None:
                     size = item.message.size + len(item.top)
@@ -618,7 +502,7 @@ class Maildir:
             if item.limits is not None and item.path not in locks:
                 try:
                     locks[item.path] = opened.readable(item.path)
-                    _lock(locks[item.path], fcntl.LOCK_SH)
+                    lock(locks[item.path])
                 except OSError:
                     continue  # its item has failed already, or its file is counted next time
         return locks
@@ -634,16 +518,7 @@ class Maildir:
                     sums[item.path][0] += one.size
                     sums[item.path][1] += 1
         for path, (size, count) in sums.items():
-            try:
-                file = os.open(_SIZE_FILE, os.O_WRONLY | os.O_APPEND | _OTHERS, dir_fd=locks[path])
-            except OSError:
-                continue  # there is none: the next who asks counts
-            try:
-                write_all(file, b"%d %d\n" % (size, count))
-            except OSError:
-                _remove(locks[path], _SIZE_FILE)
-            finally:
-                _close(file)
+            add_usage(locks[path], size, count)
 
     def _write(self, number: int, item: Item, place: Place) -> Written:
         """Writes the file in tmp/, still to be synced."""
@@ -669,7 +544,7 @@ class Maildir:
                     start_writing_out(file)
         except OSError:
             _close(file)
-            _remove(place.tmp, temporary)
+            remove(place.tmp, temporary)
             raise
         return Written(number, place, temporary, file, size)
 
@@ -684,7 +559,7 @@ class Maildir:
                 return
             except FileExistsError:
                 if _same(place.tmp, one.temporary, place.new, name):
-                    _remove(place.tmp, one.temporary)
+                    remove(place.tmp, one.temporary)
                     return
                 if attempt == _NAMES:
                     raise
@@ -808,7 +683,7 @@ class Opened:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
                 raise
             if item.make_folder:
-                file = os.open("maildirfolder", os.O_WRONLY | os.O_CREAT | _OTHERS, self._maildir.file_mode,
+                file = os.open("maildirfolder", os.O_WRONLY | os.O_CREAT | OTHERS, self._maildir.file_mode,
                                dir_fd=self.directory(path, make=True))  # what marks a folder in Maildir++
                 try:
                     self._maildir.give(file, self._maildir.file_mode)
@@ -839,7 +714,7 @@ def _content(item: Item) -> Iterator[bytes]:
 
 def _same(directory: int, name: str, other_directory: int, other_name: str) -> bool:
     """Whether two files hold the same octets."""
-    flags = os.O_RDONLY | _OTHERS
+    flags = os.O_RDONLY | OTHERS
     with open(os.open(name, flags, dir_fd=directory), "rb") as one, open(os.open(other_name, flags, dir_fd=other_directory), "rb") as other:
         while True:
             piece = one.read(LARGE)
@@ -925,21 +800,6 @@ def _owner(text: str) -> tuple[int, int] | None:
         return entry.pw_uid, grp.getgrnam(group).gr_gid if group else entry.pw_gid
     except KeyError as error:
         raise ValueError(f"owner: {error.args[0]}") from error
-
-
-def _lock(directory: int, kind: int) -> None:
-    """Locks a mailbox, where its file system can; elsewhere a count may miss what arrives meanwhile, until the next one."""
-    try:
-        fcntl.flock(directory, kind)
-    except OSError:
-        pass
-
-
-def _remove(directory: int, name: str) -> None:
-    try:
-        os.unlink(name, dir_fd=directory)
-    except OSError:
-        pass
 
 
 def _outcome(error: OSError) -> gmta.Outcome:

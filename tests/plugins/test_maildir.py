@@ -28,10 +28,11 @@ from gmta.mail.session import Recipient
 from gmta.mail.verdict import Outcome, Status
 from gmta.plugins import PluginManager
 from gmta.services import Services
+from gmta.services.maildirsize import Limits, count_usage, read_usage
 from gmta.services.metrics import Metrics
 from gmta.testing import MemoryLog, make_config, make_session, make_transaction
 from gmta_plugins import maildir
-from gmta_plugins.maildir import Limits, Maildir, TransportConfig, count_usage, folder_name, read_usage, safe
+from gmta_plugins.maildir import Maildir, TransportConfig, folder_name, safe
 
 RAW = b"Subject: x\r\n\r\n.dot\r\nbody\r\n"
 HOSTILE: list[str] = json.loads((Path(__file__).parents[1] / "data/hostile_local_parts.json").read_text())
