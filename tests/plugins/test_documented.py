@@ -48,12 +48,30 @@ def test_defaults_shown_in_config_ini_are_in_force(tmp_path: Path) -> None:
         keys.add(line.partition(" =")[0])
         lines.append(line)
     (tmp_path / "config.ini").write_text("\n".join(lines))
-    plain, full = config.load(str(ROOT / "config.ini")), config.load(str(tmp_path / "config.ini"))
+    (tmp_path / "plain.ini").write_text((ROOT / "config.ini").read_text())
+    plain, full = config.load(str(tmp_path / "plain.ini")), config.load(str(tmp_path / "config.ini"))
     for section, model in SECTIONS.items():
-        if section in ("gmta", "listener:mx"):
-            continue
         for key in model.model_fields:
-            assert getattr(getattr(plain, section), key) == getattr(getattr(full, section), key), (section, key)
+            assert getattr(of(plain, section), key) == getattr(of(full, section), key), (section, key)
+    assert plain.listeners == full.listeners
+
+
+def of(loaded: config.Config, section: str) -> object:
+    kind, _, name = section.partition(":")
+    return loaded.listeners[name] if kind == "listener" else getattr(loaded, section)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_keys_shown_empty_in_config_ini_are_empty_by_default(section: str) -> None:
+    part = (ROOT / "config.ini").read_text().split(f"\n[{section}]\n")[1].split("\n[")[0]
+    fields = {field.alias or name: field for name, field in SECTIONS[section].model_fields.items()}
+    for key in re.findall(r"^# ([a-z_]+) =$", part, re.M):
+        assert not fields[key].get_default(call_default_factory=True), key
+
+
+def test_every_page_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f"(docs/{page.name})" not in readme] == []
 
 
 @pytest.mark.parametrize("name", PLUGINS)
