@@ -467,6 +467,8 @@ def addresses(value: bytes) -> list[tuple[str, str]]:
         elif word is not None:
             words.append(word)
             raw.append(word)
+        elif match[0] == '"':  # no quote closes it, nor one of those behind it, each of which would be looked for to the end again
+            text = text[:position] + text[position:].replace('"', " ")
     end()
     return [pair for pair in found if "@" in pair[1]][:MAX_ADDRESSES]
 

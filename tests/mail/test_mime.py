@@ -79,6 +79,12 @@ def test_addresses(raw: bytes, found: list[tuple[str, str]]) -> None:
     assert mime.addresses(raw) == found
 
 
+def test_addresses_behind_quotes_without_end() -> None:
+    """Looking for the end of each would take minutes."""
+    assert [address for _, address in mime.addresses(b'"' + b'\\"' * 100_000 + b" <a@b.test>, c@d.test")] == ["a@b.test", "c@d.test"]
+    assert mime.addresses(b'"x\\"y <a@b.test>') == [("x\\ y", "a@b.test")]
+
+
 @pytest.mark.parametrize(("field", "name"), [
     (b'attachment; filename="a b.txt"', "a b.txt"), (b"attachment; filename=a.txt; filename=b.txt", "a.txt"), (b"attachment; filename*=utf-8''%C3%A4.txt", "ä.txt"),
     (b"attachment; filename=x; filename*=utf-8''%C3%A4", "ä"), (b'attachment; filename*1="b"; filename*0="a"', "ab"), (b'attachment; filename="=?utf-8?q?=C3=A4?="', "ä"),
