@@ -18,7 +18,6 @@ import re
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from email.utils import getaddresses
 from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -29,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from gmta.mail import mime
 from gmta.mail.address import Address, AddressError
 from gmta.mail.message import Message
 from gmta.verify.canonical import Header, hash_body, relaxed_field
@@ -49,7 +49,6 @@ MAX_DOMAINS = 10000  # remembered, those without keys too
 
 _PADDING, _PREHASHED = PKCS1v15(), Prehashed(SHA256())
 _ADDRESS = re.compile(r"(?:[^<>\"(,:;@]*<)?([A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]+@[A-Za-z0-9.-]+)>?\s*\Z")
-_UNFOLD = re.compile(rb"\r?\n")
 
 
 class KeyTrouble(ValueError):
@@ -186,9 +185,9 @@ def authors(header: Header) -> list[Address]:
     places = header.places(b"from")
     if len(places) != 1 or len(header.raw(places[0])) > MAX_FROM:
         return []
-    text = _UNFOLD.sub(b"", header.value(places[0])).decode("utf-8", "replace").strip()
-    match = _ADDRESS.match(text)
-    found = [match[1]] if match is not None else [address for _, address in getaddresses([text])]
+    value = header.value(places[0])
+    match = _ADDRESS.match(mime.unfolded(value)[0])
+    found = [match[1]] if match is not None else [address for _, address in mime.addresses(value)]
     made = []
     for one in found:
         try:

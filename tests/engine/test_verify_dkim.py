@@ -729,6 +729,7 @@ def test_parent_domain_and_expiry() -> None:
     ('"Doe, Jane" <jane@example.com>, b@example.net', ["jane@example.com", "b@example.net"]),
     ("=?utf-8?q?x?= (comment) <a@example.com>", ["a@example.com"]), ("Al\r\n <alice@example.com>", ["alice@example.com"]),
     ("undisclosed", []), ("<>", []), ("a@b@c", []), ("Ülrich <u@bücher.example>", ["u@xn--bcher-kva.example"]),
+    ("(" * 20000, []), ("(" * 2000 + ")" * 2000 + " a@example.com", ["a@example.com"]),
 ])
 def test_authors(field: str, expected: list[str]) -> None:
     found = authors(Header(f"From: {field}\r\n".encode()))
