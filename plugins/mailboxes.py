@@ -18,7 +18,6 @@ further route (percent hack, bang path), unless it is listed. RFC 5321 section 4
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -30,10 +29,10 @@ from gmta.config import Path
 from gmta.mail.address import Address, domain_key
 from gmta.mail.session import Recipient, Session, Transaction
 from gmta.services.aliases import address_key, name_key, parse_aliases
+from gmta.services.watched import Watched
 
 MAX_DEPTH = 50  # an alias chain longer than this is taken for a loop
 MAX_TARGETS = 1000  # one RCPT must not become an unbounded number of recipients
-CHECK_INTERVAL_S = 1.0
 
 # What a mailbox name must not hold unless the postmaster listed it: path parts, commands, routes, quoting.
 _UNSAFE = re.compile(r"[\x00-\x20\x7f-\x9f/\\|%!:@\"`<>,;()\[\]]|\A[.\-~]|\.\.|\.\Z")
@@ -99,20 +98,15 @@ class Plugin:
     def __init__(self, config: Config, services: Any) -> None:
         self._config = config
         self._services = services
-        self._domains = frozenset(domain_key(domain) for domain in services.config.domains.local)
+        self._domains = services.config.domains.local
         named = services.config.sections.get("domains", {}).get("local", "").replace(",", " ").split()
         self._first = domain_key(named[0]) if named else ""  # the set of [domains] has no first
         self._listed = frozenset(name_key(name) for name in config.mailboxes)
         self._from_file: set[str] = set()
         self._aliases: dict[str, list[str]] = {}
         self._catch_all = Address.parse(config.catch_all) if config.catch_all else None
-        self._files = [path for path in (config.mailboxes_file, config.aliases_file) if path]
-        self._stamp: object = None
-        self._checked_at = 0.0
-        if self._files:
-            self._stamp = self._stamps()
-            self._load()
-            self._checked_at = services.clock()
+        files = [path for path in (config.mailboxes_file, config.aliases_file) if path]
+        self._files = Watched(files, self._load, services.clock) if files else None
 
     @hookimpl
     def permit_rcpt(self, session: Session, transaction: Transaction, recipient: Recipient) -> Verdict | None:
@@ -210,10 +204,6 @@ class Plugin:
 
     # --- files -------------------------------------------------------------------------------------------------
 
-    def _stamps(self) -> list[tuple[int, int, int]]:
-        stats = [os.stat(path) for path in self._files]
-        return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]
-
     def _load(self) -> None:
         """Reads the files; raises OSError or ValueError and then changes nothing."""
         config = self._config
@@ -228,19 +218,11 @@ class Plugin:
         self._from_file, self._aliases = mailboxes, aliases
 
     def _refresh(self) -> None:
-        """Loads the files again when they changed, looking once a second at most."""
-        if not self._files:
+        """Loads the files again when they changed."""
+        if self._files is None:
             return
-        now = self._services.clock()
-        if 0 <= now - self._checked_at < CHECK_INTERVAL_S:
-            return
-        self._checked_at = now
         try:
-            stamp = self._stamps()
-            if stamp == self._stamp:
-                return
-            self._stamp = stamp
-            self._load()
+            self._files.refresh()
         except (OSError, ValueError) as error:
             self._services.log.error("mailbox files not reloaded, the former content stays", error=str(error))
 

@@ -21,7 +21,7 @@ Keys of `[plugin:sender_login]`: `aliases_file` (as in `mailboxes`; read again w
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -34,8 +34,8 @@ from gmta.mail.fields import mailboxes
 from gmta.mail.message import Message
 from gmta.mail.session import Session, Transaction
 from gmta.services.aliases import address_key, name_key, parse_aliases
+from gmta.services.watched import Watched
 
-CHECK_INTERVAL_S = 1.0
 MAX_DEPTH = 20  # aliases that lead to one another
 KNOWN = 4096  # answers kept
 
@@ -108,13 +108,8 @@ class Plugin:
         self._local = services.config.domains.local
         self._grants = Grants(services.config.sections.get("senders") or Section("senders"))
         self._aliases: dict[str, list[str]] = {}
-        self._stamp: tuple[int, int, int] | None = None
-        self._checked_at = 0.0
         self._known: dict[tuple[str, Address], bool] = {}
-        if config.aliases_file:
-            self._stamp = self._stat()
-            self._load()
-            self._checked_at = services.clock()
+        self._file = Watched([config.aliases_file], self._load, services.clock) if config.aliases_file else None
 
     @hookimpl
     def check_mail(self, session: Session, transaction: Transaction) -> Verdict | None:
@@ -153,7 +148,7 @@ class Plugin:
     def _judge(self, user: str, address: Address) -> bool:
         name, _ = address.split_detail(self._config.detail_separator)
         for local in {address.mailbox.lower(), name.lower()}:
-            if self._is(user, local, address.host) or (address.host in self._local and self._leads(user, local, address.host, 0)):
+            if self._is(user, local, address.host) or (address.host in self._local and self._leads(user, local, address.host)):
                 return True
         return self._grants.cover(user, address)
 
@@ -161,27 +156,31 @@ class Plugin:
         """Whether local@host is the user's own name."""
         return user == f"{local}@{host}" if "@" in user else user == local and host in self._local
 
-    def _leads(self, user: str, local: str, host: str, depth: int) -> bool:
+    def _leads(self, user: str, local: str, host: str) -> bool:
         """Whether an alias leads to the user."""
-        if depth > MAX_DEPTH:
-            return False
-        for target in self._aliases.get(f"{local}@{host}") or self._aliases.get(local) or ():
-            try:
-                end = Address.parse(target) if "@" in target else Address.make(target, host)
-            except AddressError:
-                continue
-            found, _ = end.split_detail(self._config.detail_separator)
-            if self._is(user, found.lower(), end.host) or self._is(user, end.mailbox.lower(), end.host):
-                return True
-            if end.host in self._local and (found.lower(), end.host) != (local, host) and self._leads(user, found.lower(), end.host, depth + 1):
-                return True
+        level = seen = {(local, host)}  # each alias once: those that name one another would double the work at every level
+        for _ in range(MAX_DEPTH + 1):
+            below = set()
+            for end in self._ends(level):
+                found, _ = end.split_detail(self._config.detail_separator)
+                if self._is(user, found.lower(), end.host) or self._is(user, end.mailbox.lower(), end.host):
+                    return True
+                if end.host in self._local:
+                    below.add((found.lower(), end.host))
+            level = below - seen
+            seen = seen | level
         return False
 
-    # --- the file ---------------------------------------------------------------------------------------------------
+    def _ends(self, names: Iterable[tuple[str, str]]) -> Iterator[Address]:
+        """What aliases name. names: their (local part, domain)."""
+        for local, host in names:
+            for target in self._aliases.get(f"{local}@{host}") or self._aliases.get(local) or ():
+                try:
+                    yield Address.parse(target) if "@" in target else Address.make(target, host)
+                except AddressError:
+                    continue
 
-    def _stat(self) -> tuple[int, int, int]:
-        stat = os.stat(self._config.aliases_file)
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+    # --- the file ---------------------------------------------------------------------------------------------------
 
     def _load(self) -> None:
         """Reads the file; raises OSError or ValueError and then changes nothing."""
@@ -190,18 +189,11 @@ class Plugin:
         self._known.clear()
 
     def _refresh(self) -> None:
-        """Reads the file again when it changed, looking once a second at most."""
-        if self._stamp is None:
+        """Reads the file again when it changed."""
+        if self._file is None:
             return
-        now = self._services.clock()
-        if 0 <= now - self._checked_at < CHECK_INTERVAL_S:
-            return
-        self._checked_at = now
         try:
-            stamp = self._stat()
-            if stamp != self._stamp:
-                self._stamp = stamp
-                self._load()
+            self._file.refresh()
         except (OSError, ValueError) as error:
             self._services.log.error("aliases not read again, the former ones stay", error=str(error))
 

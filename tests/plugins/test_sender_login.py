@@ -99,6 +99,24 @@ def test_aliases_are_read_again(tmp_path: Path) -> None:
     assert services.log.of("aliases not read again, the former ones stay")
 
 
+def test_aliases_that_name_one_another_are_followed_once(tmp_path: Path) -> None:
+    """Following each whenever it is named would take 30 to the power of 20 steps."""
+    names = [f"list{number}" for number in range(30)]
+    file = tmp_path / "aliases"
+    file.write_text("".join(f"{name}: {', '.join(names)}\n" for name in names) + "list29: alice\n")
+    found = load_plugin("sender_login", make_services({"domains": DOMAINS}), aliases_file=file)
+    assert found.may("alice@example.test", Address.parse("list0@example.test"))
+    assert not found.may("bob@example.test", Address.parse("list0@example.test"))
+
+
+def test_aliases_are_followed_for_twenty_levels(tmp_path: Path) -> None:
+    file = tmp_path / "aliases"
+    file.write_text("".join(f"a{number}: a{number + 1}\n" for number in range(21)) + "b: a0\n")
+    found = load_plugin("sender_login", make_services({"domains": DOMAINS}), aliases_file=file)
+    assert found.may("a21@example.test", Address.parse("a0@example.test"))
+    assert not found.may("a21@example.test", Address.parse("b@example.test"))
+
+
 @pytest.mark.parametrize("header,refused", [
     ("From: alice@example.test", ""),
     ("From: Alice <alice+x@example.test>", ""),
