@@ -11,14 +11,13 @@ before counts for itself. RFC 4954 section 6 lets a server say 454 so.
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any
 
 import gevent
 from pydantic import Field
 
 from gmta import Credentials, Duration, PluginConfig, Reply, Session, Transaction, Verdict, defer, disconnect, hookimpl
-from gmta.mail.address import domain_key
+from gmta.mail.address import client_network, domain_key
 
 NAME = "auth_guard"
 KNOWN_FACTOR = 5  # how many more failures an address is granted for a user that it belongs to
@@ -33,13 +32,6 @@ class Config(PluginConfig):
     lockout: Duration = Field("15m", gt=0, description="how long an address is locked out")  # type: ignore[assignment]
     delay: Duration = Field("1s", le=20, description="how late a failed login is answered")  # type: ignore[assignment]
     known_for: Duration = Field("30d", description="how long an address belongs to a user who sent mail from it")  # type: ignore[assignment]
-
-
-def _network(ip: str) -> str:
-    """What an attacker has to have another of."""
-    if ":" not in ip:
-        return ip
-    return str(ipaddress.ip_network(f"{ip}/64", strict=False))
 
 
 class _Note:
@@ -64,7 +56,7 @@ class Plugin:
         """Turns away an address that is locked out and that no user is known at."""
         if session.role != "submission" or session.relay_network:
             return None
-        state, address = self._services.state, _network(session.peer_ip)
+        state, address = self._services.state, client_network(session.peer_ip)
         if state.get(f"auth:lock:{address}") and not state.get(f"auth:friend:{address}"):
             return disconnect("Too many failed logins, try again later")
         return None
@@ -74,7 +66,7 @@ class Plugin:
         """A deferral where no more tries are granted; else None, and others decide."""
         user = _user(credentials.user)
         session.notes[NAME] = _Note(user)
-        state, config, address = self._services.state, self._config, _network(session.peer_ip)
+        state, config, address = self._services.state, self._config, client_network(session.peer_ip)
         if state.get(f"auth:known:{address} {user}"):
             locked = state.get(f"auth:pair:{address} {user}", 0) >= config.address_failures * KNOWN_FACTOR
         else:
@@ -91,7 +83,7 @@ class Plugin:
         """Counts a failed login, and has its answer wait."""
         if stage != "auth" or reply.code != 535:
             return
-        state, config, address = self._services.state, self._config, _network(session.peer_ip)
+        state, config, address = self._services.state, self._config, client_network(session.peer_ip)
         note = session.notes.get(NAME)
         failures = state.add(f"auth:address:{address}", 1, config.window)
         if note is not None:
@@ -110,7 +102,7 @@ class Plugin:
         if note is None or note.noted or not self._config.known_for:
             return None
         note.noted = True
-        state, address = self._services.state, _network(session.peer_ip)
+        state, address = self._services.state, client_network(session.peer_ip)
         state.set(f"auth:known:{address} {_user(session.user or '')}", True, self._config.known_for)
         state.set(f"auth:friend:{address}", True, self._config.known_for)
         return None

@@ -32,6 +32,7 @@ from pydantic import BeforeValidator, Field
 
 from gmta import PluginConfig, Verdict, defer, disconnect, hookimpl
 from gmta.config import Network
+from gmta.mail.address import client_network
 from gmta.mail.message import Message
 from gmta.mail.reply import Reply
 from gmta.mail.session import Recipient, Session, Transaction
@@ -175,7 +176,7 @@ class Ledger:
             kind, _, window = key[len(prefix):].rpartition(":")
             if window.isdigit() and isinstance(value, (int, float)) and (kind not in kinds or kinds[kind].window < int(window)):
                 kinds[kind] = Tally(prefix + kind, int(window), float(value), now)
-        self._known[name] = kinds
+        kinds = self._known.setdefault(name, kinds)  # another session of the same client may have asked meanwhile
         if len(self._known) > MOST:
             self.flush()
             while len(self._known) > MOST * 9 // 10:
@@ -284,11 +285,6 @@ def subnet(ip: str) -> str:
     return f"{ip.rpartition('.')[0]}.0/24"
 
 
-def client(ip: str) -> str:
-    """Whom an address stands for: itself, or for IPv6 the /64 that one client has for its own."""
-    return str(ipaddress.ip_network(f"{ip}/64", strict=False)) if ":" in ip else ip
-
-
 # --- the plugin ---------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +311,7 @@ class Plugin:
         """(account, whether it is a user's), or None for who is not counted."""
         if session.user is not None:
             return f"user {session.user.lower()}", True
-        return (client(session.peer_ip), False) if self._counted(session) else None
+        return (client_network(session.peer_ip), False) if self._counted(session) else None
 
     @hookimpl
     def check_connect(self, session: Session) -> Verdict | None:
@@ -323,7 +319,7 @@ class Plugin:
         self._leave(session)
         if not self._counted(session):
             return None
-        config, name = self._config, client(session.peer_ip)
+        config, name = self._config, client_network(session.peer_ip)
         if not self._ledger.has_room(name, "unknown", config.unknown_recipients_per_ip):
             return disconnect("Too many unknown recipients, try again later", 421, "4.7.0")
         if not self._ledger.spend(name, "connections", 1, config.new_connections_per_ip):
@@ -389,7 +385,7 @@ class Plugin:
         """Counts recipients that do not exist."""
         if stage in ("rcpt", "vrfy", "expn") and reply.enhanced in UNKNOWN and session.user is None and self._counted(session):
             self._unknown[session.id] = self._unknown.get(session.id, 0) + 1
-            self._ledger.count(client(session.peer_ip), "unknown", self._config.unknown_recipients_per_ip)
+            self._ledger.count(client_network(session.peer_ip), "unknown", self._config.unknown_recipients_per_ip)
 
     def _harvests(self, session: Session) -> bool:
         most = self._config.unknown_recipients_per_session

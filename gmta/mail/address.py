@@ -163,6 +163,11 @@ def literal_ip(literal: str) -> str:
         raise AddressError("bad address literal") from error
 
 
+def client_network(ip: str) -> str:
+    """Whom an IP address stands for: itself, or for IPv6 the /64 that one client has for its own."""
+    return str(ipaddress.ip_network(f"{ip}/64", strict=False)) if ":" in ip else ip
+
+
 def parse_mailbox(text: str) -> Address:
     """An Address from `local@domain`; raises AddressError."""
     match = _SIMPLE.match(text)

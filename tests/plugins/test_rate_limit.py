@@ -64,6 +64,26 @@ def test_messages_of_an_address_end_at_the_bound_whoever_counts() -> None:
     assert mail(workers.plugins[0], session) == ""
 
 
+def test_sessions_that_come_at_one_moment_count_together() -> None:
+    """While one waits for what the state has of their address, another asks too."""
+    workers = Workers(1, messages_per_ip="100/h")
+    plugin = workers.plugins[0]
+    state = plugin._ledger._state
+    scan, inside = state.scan, False
+
+    def slow(*args: Any) -> Any:
+        nonlocal inside
+        if not inside:
+            inside = True
+            assert mail(plugin, workers.session()) == ""
+        return scan(*args)
+
+    state.scan = slow
+    assert mail(plugin, workers.session()) == ""
+    workers.flush()
+    assert [value for key, value in scan("rate:192.0.2.1:messages")] == [2]
+
+
 def test_others_are_not_concerned() -> None:
     workers = Workers(1, {"domains": {"relay_from": "192.0.2.3"}}, messages_per_ip="1/h", messages_per_user="2/h", exempt="192.0.2.4")
     plugin = workers.plugins[0]
