@@ -73,7 +73,7 @@ class Plugin:
         self._pool = urllib3.PoolManager(maxsize=20, retries=False, ca_certs=config.ca_file or None,
                                          timeout=urllib3.Timeout(total=config.request_timeout))
         self._keys: list[dict[str, Any]] = []
-        self._keys_at = 0.0
+        self._keys_at = self._asked_at = 0.0
 
     @hookimpl
     def get_auth_mechanisms(self) -> list[str]:
@@ -140,8 +140,10 @@ class Plugin:
 
     def _known_keys(self, again: bool) -> list[dict[str, Any]]:
         """The issuer's keys. again: one was missing."""
-        age_s = self._clock() - self._keys_at
-        if age_s > KEYS_S or age_s < 0 or (again and age_s > AGAIN_S):
+        now = self._clock()
+        asked = bool(self._keys) and 0 <= now - self._asked_at <= AGAIN_S  # an issuer that is down is asked no oftener
+        if (again or not 0 <= now - self._keys_at <= KEYS_S) and not asked:
+            self._asked_at = now
             try:
                 found = self._fetch("GET", self._config.jwks_url, {"Accept": "application/json"})
             except OAuthError:

@@ -202,6 +202,7 @@ def test_oauth_keys_are_asked_for_again_once_a_minute(service: Service) -> None:
     service.answer = lambda *_: (503, b"")
     plugin._clock.advance(4000)
     assert ask(plugin, "XOAUTH2", USER, token("RS256", "r", exp=9e12))[0] is not None  # the old keys still do
+    assert ask(plugin, "XOAUTH2", USER, token("RS256", "new", exp=9e12))[0] is None and len(service.heard) == 3  # and who is down is not asked each time
 
 
 def test_oauth_scope(service: Service) -> None:
