@@ -21,8 +21,7 @@ def name_key(name: str) -> str:
     name = name.strip()
     if "@" in name:
         return address_key(Address.parse(name))
-    Address.make(name, "localhost.test")  # raises AddressError, a ValueError, where it can't be a local part
-    return name.lower()
+    return _local(name).lower()
 
 
 def address_key(address: Address) -> str:
@@ -37,20 +36,20 @@ def parse_aliases(text: str, source: str, directory: Path | None = None) -> dict
     quoted; a name that stands twice has the targets of both. `:include:FILE` is a list of targets in a file of
     `directory`; without one it is refused.
     """
-    logical: list[tuple[int, str]] = []
+    logical: list[tuple[int, list[str]]] = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         if line[0] in " \t":
             if not logical:
                 raise ValueError(f"{source}:{number}: a continuation of nothing")
-            logical[-1] = (logical[-1][0], logical[-1][1] + " " + line.strip())
+            logical[-1][1].append(line.strip())
         else:
-            logical.append((number, line.strip()))
+            logical.append((number, [line.strip()]))
     aliases: dict[str, list[str]] = {}
-    for number, line in logical:
+    for number, lines in logical:
         where = f"{source}:{number}"
-        match = re.match(r'\s*("(?:[^"\\]|\\.)*"(?:@[^\s:]+)?|[^\s:"]+)\s*:(.*)\Z', line)
+        match = re.match(r'\s*("(?:[^"\\]|\\.)*"(?:@[^\s:]+)?|[^\s:"]+)\s*:(.*)\Z', " ".join(lines))
         if match is None:
             raise ValueError(f"{where}: expected `name: target, target`")
         try:
@@ -71,8 +70,9 @@ def _unquote(text: str) -> str:
 
 def _targets(text: str, where: str, directory: Path | None, depth: int) -> list[str]:
     found: list[str] = []
+    text = text.strip()
     position = 0
-    while text[position:].strip():
+    while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
             raise ValueError(f"{where}: can't read the targets at {text[position:].strip()[:40]!r}")
@@ -100,5 +100,6 @@ def _targets(text: str, where: str, directory: Path | None, depth: int) -> list[
 
 
 def _local(name: str) -> str:
+    """The name, where it can be a local part; raises AddressError, a ValueError."""
     Address.make(name, "localhost.test")
     return name
