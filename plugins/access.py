@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 from gmta import PluginConfig, Verdict, accept, hookimpl
-from gmta.mail.address import domain_key
 from gmta.mail.session import Recipient, Session, Transaction
 
 
@@ -26,8 +25,8 @@ class Plugin:
 
     def __init__(self, config: Config, services: Any) -> None:
         domains = services.config.domains
-        self._local = frozenset(domain_key(domain) for domain in domains.local)
-        self._relay_to = frozenset(domain_key(domain) for domain in domains.relay_to)
+        self._local = domains.local
+        self._relay_to = domains.relay_to
 
     @hookimpl
     def permit_rcpt(self, session: Session, transaction: Transaction, recipient: Recipient) -> Verdict | None:

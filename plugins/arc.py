@@ -46,7 +46,7 @@ class Plugin:
         self._config = config
         self._services = services
         self._domain = domain_key(config.domain or services.hostname)
-        self._local = frozenset(domain_key(domain) for domain in services.config.domains.local)
+        self._local = services.config.domains.local
         self._files = KeyFiles(config.keys, services.log, services.clock)
         if config.seal != "never" and not self._files.keys_for(self._domain):
             services.log.warning("no key to seal with", domain=self._domain, keys=config.keys)

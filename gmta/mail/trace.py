@@ -1,11 +1,11 @@
-"""Trace fields: Received (RFC 5321 section 4.4, RFC 3848), Return-Path, Authentication-Results (RFC 8601); and which are forged."""
+"""Trace fields: Received (RFC 5321 section 4.4, RFC 3848), Authentication-Results (RFC 8601); and which are forged."""
 
 from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
 
-from gmta.mail.address import Address, domain_key
+from gmta.mail.address import domain_key
 from gmta.mail.message import Message
 from gmta.mail.session import AuthResult, Session, Transaction
 
@@ -49,11 +49,6 @@ def received(session: Session, transaction: Transaction, hostname: str, at: floa
         if original.is_ascii:
             value += f"\r\n\tfor <{original}>"
     return value + f"; {date(at)}"
-
-
-def return_path(sender: Address) -> str:
-    """The value of Return-Path (RFC 5321 section 4.4): only final delivery writes it."""
-    return f"<{sender}>"
 
 
 def authentication_results(hostname: str, results: list[AuthResult]) -> str:
