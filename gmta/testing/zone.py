@@ -3,7 +3,7 @@
     zone = Zone({"example.org": {"MX": [(10, "mx.example.org")], "TXT": ["v=spf1 mx -all"]},
                  "mx.example.org": {"A": ["192.0.2.1"]},
                  "broken.example.org": {"rcode": "SERVFAIL"}})
-    services = fake_services(resolver=zone)         # for plugins in memory: no packet is sent
+    services = make_services(resolver=zone)         # for plugins in memory: no packet is sent
     with zone.serve() as server:                    # for gmta as a process: [dns] servers = {server.address}
         ...
     assert ("example.org", "MX") in zone.asked

@@ -35,30 +35,15 @@ def send(gmta: Gmta, remote: Peer) -> Iterator[Send]:
     """Serves, relaying to `remote`, the one MX host of example.org; sends from sender@example.test and returns the queue id."""
     zone = Zone({"example.org": {"MX": (10, "mx1.example.org")}, "mx1.example.org": {"A": remote.host}})
     with zone.serve() as server:
-        gmta.serve(f"""
-[gmta]
-hostname = mx.example.test
-workers = 1
-log_file = gmta.log
-[listener:mx]
-address = 127.0.0.1:{gmta.port}
+        gmta.serve(gmta.configuration(f"""
 [domains]
-local = example.test
 relay_from = 127.0.0.1/32
 relay_to = example.org
-[plugins]
-enable = mailboxes, access
-[plugin:mailboxes]
-accept = any
-[transport:mailbox]
-type = maildir
-path = var/mail/{{domain}}/{{local}}
 [transport:outbound]
 type = relay
 port = {remote.port}
 allow_loopback = yes
 [route]
-local = mailbox
 * = outbound
 [queue]
 retry = 1s 2s 4s
@@ -66,7 +51,7 @@ retry = 1s 2s 4s
 lifetime = 2s
 [dns]
 servers = {server.address}
-""")
+"""))
         zone["late.example.org"] = {"MX": (10, "mx1.example.org")}
 
         def client(*to: str, text: str | bytes = TEXT, mail: tuple[str, ...] = (), rcpt: tuple[str, ...] = (), source: str = "127.0.0.1") -> str:

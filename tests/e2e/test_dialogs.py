@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from gmta import Address
 from gmta.mail.envelope import stored_address
 from gmta.queue.admin import QueueAdmin
 from gmta.testing import Dialogue, keywords_at, make_config, play_at
-from tests.e2e.conftest import DEADLINE_S, Gmta, free_port, listens, program, until
+from gmta.testing.authority import Authority
+from tests.e2e.conftest import DEADLINE_S, Gmta, free_port, listens, until
 
 pytestmark = pytest.mark.e2e
 
@@ -27,8 +27,7 @@ class Server:
         known = make_config(FOLDER / "server.ini")
         self.addresses = {name: ("127.0.0.1", free_port()) for name in known.listeners}
         self._queue = gmta.directory / "var/queue"
-        subprocess.run([program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=mx.example.test", "-days", "2",
-                        "-keyout", "tls.key", "-out", "tls.pem"], cwd=gmta.directory, check=True, capture_output=True)
+        certificate, key = Authority(gmta.directory).issue("mx.example.test")
         listeners = "".join(f"[listener:{name}]\naddress = 127.0.0.1:{port}\nrole = {known.listeners[name].role}\n"
                             for name, (_, port) in self.addresses.items())
         (gmta.directory / "here.ini").write_text(f"""
@@ -48,8 +47,8 @@ hostname = mx.example.test
 workers = 1
 log_file = gmta.log
 [tls]
-certificate = tls.pem
-key = tls.key
+certificate = {certificate}
+key = {key}
 [route]
 local = hold
 * = hold

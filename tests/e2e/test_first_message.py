@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import imaplib
 import json
 import os
-import pwd
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import DEADLINE_S, Gmta, free_port, listens, program, until
+from tests.e2e.conftest import DEADLINE_S, OWNER, Dovecot, Gmta, dovecot_user, program, until
 
 pytestmark = pytest.mark.e2e
 
@@ -95,110 +93,19 @@ def test_refused_recipients(gmta: Gmta, to: str, code: str) -> None:
     assert re.search(rf"<\*\* {code} 5\.1\.[13] |<\*\* {code} 5\.7\.1 ", done.stdout), done.stdout
 
 
-# --- Dovecot ----------------------------------------------------------------------------------------------------
-
-
-class Dovecot:
-    """An IMAP server of our own: no configuration, port or directory of the system's."""
-
-    def __init__(self, directory: Path, maildir: Path) -> None:
-        self.port = free_port()
-        self._directory = directory / "dovecot"
-        self._directory.mkdir()
-        root = os.getuid() == 0
-        me = pwd.getpwuid(os.getuid()).pw_name
-        owner = pwd.getpwnam("nobody") if root else pwd.getpwuid(os.getuid())  # Dovecot serves no mailbox of root
-        if root:
-            for path in (maildir, *maildir.rglob("*")):
-                os.chown(path, owner.pw_uid, owner.pw_gid)
-            for parent in maildir.parents:
-                if directory in parent.parents:
-                    parent.chmod(0o755)
-        config = self._directory / "dovecot.conf"
-        config.write_text(f"""
-base_dir = {self._directory}/run
-state_dir = {self._directory}/state
-log_path = {self._directory}/log
-protocols = imap
-listen = 127.0.0.1
-ssl = no
-disable_plaintext_auth = no
-default_internal_user = {'dovecot' if root else me}
-default_login_user = {'dovenull' if root else me}
-default_internal_group = {'dovecot' if root else me}
-passdb {{
-  driver = static
-  args = password=secret
-}}
-userdb {{
-  driver = static
-  args = uid={owner.pw_uid} gid={owner.pw_gid} home={self._directory}/home
-}}
-mail_location = maildir:{maildir}:CONTROL={self._directory}/home/control
-first_valid_uid = 1
-first_valid_gid = 0
-service imap-login {{
-  chroot =
-  inet_listener imap {{
-    port = {self.port}
-  }}
-  inet_listener imaps {{
-    port = 0
-  }}
-}}
-service anvil {{
-  chroot =
-}}
-service stats {{
-  chroot =
-}}
-""")
-        home = self._directory / "home"
-        home.mkdir()
-        os.chown(home, owner.pw_uid, owner.pw_gid)
-        self._process = subprocess.Popen([program("dovecot"), "-F", "-c", str(config)])
-
-    def wait(self) -> None:
-        """Returns when it takes connections."""
-        until(lambda: self._running() and listens(self.port), "IMAP server")
-
-    def _running(self) -> bool:
-        assert self._process.poll() is None, self.log()
-        return True
-
-    def log(self) -> str:
-        """What Dovecot said."""
-        file = self._directory / "log"
-        return file.read_text() if file.exists() else ""
-
-    def stop(self) -> None:
-        """Ends it."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait(DEADLINE_S)
-
-
-@pytest.fixture
-def dovecots() -> Iterator[list[Dovecot]]:
-    """Servers that a test started, stopped at the end."""
-    started: list[Dovecot] = []
-    yield started
-    for server in started:
-        server.stop()
-
-
-def test_dovecot_serves_what_was_sent(gmta: Gmta, directory: Path, dovecots: list[Dovecot]) -> None:
+def test_dovecot_serves_what_was_sent(gmta: Gmta, directory: Path, dovecot: Callable[[str, str], Dovecot]) -> None:
     gmta.start()
     send(gmta, directory)
     (file,) = gmta.arrived("you")
-    dovecot = Dovecot(directory, file.parent.parent)
-    dovecots.append(dovecot)
-    dovecot.wait()
-    with imaplib.IMAP4("127.0.0.1", dovecot.port, timeout=DEADLINE_S) as imap:
-        try:
-            imap.login("you", "secret")
-        except imaplib.IMAP4.error as error:
-            raise AssertionError(dovecot.log()) from error
+    maildir, home = file.parent.parent, directory / "home"
+    home.mkdir()
+    for path in (home, maildir, *maildir.rglob("*")):
+        os.chown(path, OWNER.pw_uid, OWNER.pw_gid)
+    for parent in maildir.parents:
+        if directory in parent.parents:
+            parent.chmod(0o755)
+    server = dovecot(dovecot_user("you", home), f"mail_location = maildir:{maildir}:CONTROL={home}/control")
+    with server.imap("you") as imap:
         until(lambda: imap.select("INBOX") == ("OK", [b"1"]), "message in INBOX")
         _, data = imap.fetch("1", "(BODY.PEEK[])")
         assert isinstance(data[0], tuple)

@@ -22,25 +22,16 @@ def far(directory: Path) -> Iterator[Gmta]:
     """The host of far.example and of sender.example."""
     (directory / "far").mkdir()
     server = Gmta(directory / "far")
-    server.serve(f"""
+    server.serve(server.configuration("""
 [gmta]
 hostname = mx.far.example
-workers = 1
-log_file = gmta.log
-[listener:mx]
-address = 127.0.0.1:{server.port}
 [domains]
 local = far.example sender.example
 [plugins]
 enable = mailboxes
-[plugin:mailboxes]
-accept = any
-[transport:mailbox]
-type = maildir
-path = var/mail/{{domain}}/{{local}}
 [route]
 * = mailbox
-""")
+"""))
     yield server
     server.stop()
 
@@ -49,15 +40,8 @@ def serve(gmta: Gmta, far: Gmta) -> None:
     (gmta.directory / "aliases").write_text("list: joe@far.example, here\nout: joe@far.example\n")
     (gmta.directory / "replies").mkdir()
     (gmta.directory / "replies/away@example.test").write_text("Subject: Away\n\nBack on Monday.\n")
-    gmta.serve(f"""
-[gmta]
-hostname = mx.example.test
-workers = 1
-log_file = gmta.log
-[listener:mx]
-address = 127.0.0.1:{gmta.port}
+    gmta.serve(gmta.configuration(f"""
 [domains]
-local = example.test
 relay_from =
 [plugins]
 enable = bounce_parser forward autoreply mailboxes access
@@ -68,20 +52,15 @@ secret = a-secret-of-good-length
 [plugin:autoreply]
 directory = replies
 [plugin:mailboxes]
-accept = any
 aliases_file = aliases
 [transport:forwarded]
 type = forward
-[transport:mailbox]
-type = maildir
-path = var/mail/{{domain}}/{{local}}
 [transport:outbound]
 type = relay
 host = 127.0.0.1:{far.port}
 [route]
-local = mailbox
 * = outbound
-""")
+"""))
 
 
 def send(gmta: Gmta, sender: str, to: str, message: bytes = MAIL) -> None:

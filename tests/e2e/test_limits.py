@@ -11,13 +11,8 @@ from tests.e2e.conftest import DEADLINE_S, Gmta, until
 
 CONFIG = """
 [gmta]
-hostname = mx.example.test
 workers = 2
-log_file = gmta.log
-[listener:mx]
-address = 127.0.0.1:{port}
 [domains]
-local = example.test
 relay_to = backup.test
 etrn_from = 127.0.0.0/8
 [plugins]
@@ -31,21 +26,17 @@ new_connections_per_ip = 0
 connections_per_ip = 8
 unknown_recipients_per_session = 4
 unknown_recipients_per_ip = 10/d
-[transport:mailbox]
-type = maildir
-path = var/mail/{{domain}}/{{local}}
 [transport:outbound]
 type = relay
 host = 127.0.0.1:1
 [route]
-local = mailbox
 * = outbound
 """
 
 
 @pytest.fixture
 def limited(gmta: Gmta) -> Iterator[Gmta]:
-    gmta.serve(CONFIG.format(port=gmta.port))
+    gmta.serve(gmta.configuration(CONFIG))
     yield gmta
 
 
@@ -72,7 +63,7 @@ def test_messages_of_an_address_are_counted_by_all_workers(limited: Gmta) -> Non
             codes.append(client.mail("a@example.com")[0])
     assert codes == [250] * 5 + [450] * 3
     assert limited.stop() == 0
-    limited.serve(CONFIG.format(port=limited.port))
+    limited.serve(limited.configuration(CONFIG))
     with connect(limited) as client:
         assert client.mail("a@example.com")[0] == 450  # a restart forgets nothing
 

@@ -5,132 +5,23 @@ from __future__ import annotations
 import imaplib
 import json
 import os
-import pwd
 import re
 import signal
 import smtplib
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gmta_plugins.maildir import Limits, count_usage, read_usage
-from tests.e2e.conftest import DEADLINE_S, Gmta, free_port, listens, program, until
+from gmta.services.maildirsize import Limits, count_usage, read_usage
+from tests.e2e.conftest import DEADLINE_S, OWNER, ROOT, Dovecot, Gmta, children, dovecot_user, program, until
 
 pytestmark = pytest.mark.e2e
 
-ROOT = os.getuid() == 0
-OWNER = pwd.getpwnam("nobody") if ROOT else pwd.getpwuid(os.getuid())  # Dovecot serves no mailbox of root
 QUOTA = Limits(100 * 1024 * 1024, 100_000)
-
-
-class Dovecot:
-    """A server of our own with IMAP and LMTP: no configuration, port or directory of the system's."""
-
-    def __init__(self, directory: Path, users: str, more: str) -> None:
-        """users: a passwd-file; more: of the configuration."""
-        me = pwd.getpwuid(os.getuid()).pw_name
-        self.imap_port, self.lmtp_port = free_port(), free_port()
-        self.socket = directory / "lmtp"
-        self._directory = directory / "dovecot"
-        self._directory.mkdir()
-        self._directory.chmod(0o755)
-        (self._directory / "users").write_text(users)
-        config = self._directory / "dovecot.conf"
-        services = "\n".join(f"service {name} {{\n  chroot =\n}}" for name in ("anvil", "stats"))
-        config.write_text(f"""
-base_dir = {self._directory}/run
-state_dir = {self._directory}/state
-log_path = {self._directory}/log
-protocols = imap lmtp
-listen = 127.0.0.1
-ssl = no
-disable_plaintext_auth = no
-auth_username_format = %n
-default_internal_user = {'dovecot' if ROOT else me}
-default_login_user = {'dovenull' if ROOT else me}
-default_internal_group = {'dovecot' if ROOT else me}
-first_valid_uid = 1
-first_valid_gid = 0
-passdb {{
-  driver = passwd-file
-  args = scheme=plain {self._directory}/users
-}}
-userdb {{
-  driver = passwd-file
-  args = {self._directory}/users
-}}
-service imap-login {{
-  chroot =
-  inet_listener imap {{
-    port = {self.imap_port}
-  }}
-  inet_listener imaps {{
-    port = 0
-  }}
-}}
-service lmtp {{
-  unix_listener {self.socket} {{
-    mode = 0666
-  }}
-  inet_listener lmtp {{
-    port = {self.lmtp_port}
-  }}
-}}
-{services}
-{more}
-""")
-        self._process = subprocess.Popen([program("dovecot"), "-F", "-c", str(config)])
-        try:
-            until(lambda: self._running() and listens(self.imap_port) and listens(self.lmtp_port) and self.socket.exists(), "Dovecot")
-        except BaseException:
-            self.stop()
-            raise
-
-    def _running(self) -> bool:
-        assert self._process.poll() is None, self.log()
-        return True
-
-    def log(self) -> str:
-        """What Dovecot said."""
-        file = self._directory / "log"
-        return file.read_text() if file.exists() else ""
-
-    def imap(self, user: str) -> imaplib.IMAP4:
-        """A session of a user."""
-        client = imaplib.IMAP4("127.0.0.1", self.imap_port, timeout=DEADLINE_S)
-        try:
-            client.login(user, "secret")
-        except imaplib.IMAP4.error as error:
-            raise AssertionError(self.log()) from error
-        return client
-
-    def stop(self) -> None:
-        """Ends it."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait(DEADLINE_S)
-
-
-@pytest.fixture
-def dovecot(directory: Path) -> Iterator[Callable[[str, str], Dovecot]]:
-    started: list[Dovecot] = []
-
-    def start(users: str, more: str) -> Dovecot:
-        started.append(Dovecot(directory, users, more))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.stop()
-
-
-def user(name: str, home: Path, more: str = "") -> str:
-    """A line of a passwd-file."""
-    return f"{name}:secret:{OWNER.pw_uid}:{OWNER.pw_gid}::{home}::{more}\n"
 
 
 def owned(path: Path) -> Path:
@@ -141,24 +32,14 @@ def owned(path: Path) -> Path:
 
 
 def serve(gmta: Gmta, rest: str, workers: int = 2) -> None:
-    gmta.serve(f"""
+    gmta.serve(gmta.configuration(f"""
 [gmta]
-hostname = mx.example.test
 workers = {workers}
-log_file = gmta.log
-[listener:mx]
-address = 127.0.0.1:{gmta.port}
-[domains]
-local = example.test
 [plugins]
 enable = mailboxes, access, received_limit, maildir
-[plugin:mailboxes]
-accept = any
-[route]
-local = mailbox
 [transport:mailbox]
 {rest}
-""")
+"""))
 
 
 def send(gmta: Gmta, *recipients: str, subject: str = "hello", sender: str = "alice@sender.test") -> dict[str, Any]:
@@ -194,7 +75,7 @@ def test_quota_agrees_with_dovecot(gmta: Gmta, directory: Path, dovecot: Callabl
     box = owned(directory / "mail") / "example.test/you"
     owner = f"owner = {OWNER.pw_name}" if ROOT else ""
     serve(gmta, f"type = maildir\npath = mail/{{domain}}/{{local}}\nquota = 100MB\nquota_messages = 100000\n{owner}")
-    server = dovecot(user("you", directory), f"""
+    server = dovecot(dovecot_user("you", directory), f"""
 mail_location = maildir:{box}
 mail_plugins = quota
 protocol imap {{
@@ -256,7 +137,7 @@ def test_lmtp_with_sieve(gmta: Gmta, directory: Path, dovecot: Callable[[str, st
     script.write_text('require ["fileinto", "mailbox"];\nif header :contains "subject" "invoice" { fileinto :create "Bills"; }\n')
     os.chown(directory, OWNER.pw_uid, OWNER.pw_gid)  # where the script's binary goes
     names = ("you", "alice", "full")
-    users = "".join(user(name, owned(homes / name), "userdb_quota_rule=*:bytes=1" if name == "full" else "") for name in names)
+    users = "".join(dovecot_user(name, owned(homes / name), "userdb_quota_rule=*:bytes=1" if name == "full" else "") for name in names)
     server = dovecot(users, f"""
 mail_location = maildir:~/Maildir
 protocol lmtp {{
@@ -318,10 +199,6 @@ def test_procmail_and_maildrop(gmta: Gmta, directory: Path) -> None:
     send(gmta, "drop@example.test", subject="later")
     until(lambda: b"status 75" in gmta.command("queue", "list", "--json").stdout, "deferral by maildrop")
     assert gmta.stop() == 0
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def taken_across_kills(gmta: Gmta, kills: int) -> set[str]:

@@ -107,28 +107,16 @@ ODD = PLAIN.replace(b"Subject: Hello", "Subject: Grüße =?utf-8?q?x?=\r\n\tfold
 def serve(gmta: Gmta, relay_from: str, dns: str) -> None:
     for key in (RSA, ED):
         write(gmta.directory / f"etc/dkim/{key.domain}/{key.selector}.pem", pem(key))
-    gmta.serve(f"""
-[gmta]
-hostname = mx.example.test
-workers = 1
-log_file = gmta.log
-[listener:mx]
-address = 127.0.0.1:{gmta.port}
+    gmta.serve(gmta.configuration(f"""
 [domains]
-local = example.test
 relay_from = {relay_from}
 [plugins]
 enable = mailboxes, access, dkim_verify, arc, dkim_sign
-[plugin:mailboxes]
-accept = any
-[transport:mailbox]
-type = maildir
-path = var/mail/{{domain}}/{{local}}
 [route]
 * = mailbox
 [dns]
 servers = {dns}
-""")
+"""))
 
 
 def passed_on(gmta: Gmta, raw: bytes, port: int = 0) -> bytes:

@@ -258,23 +258,9 @@ class World:
         domains = [f"{name}.secure.example" for name in SECURE] + [f"{name}.sts.example" for name in STS] + ["plain.example", "noteven.example"]
         self.postfix = Postfix(directory / "postfix", self.port, right, wrong, [f"to-{domain}" for domain in domains])
         self.gmta = Gmta(directory / "gmta")
-        self.gmta.serve(f"""
-[gmta]
-hostname = mx.example.test
-workers = 1
-log_file = gmta.log
-[listener:mx]
-address = 127.0.0.1:{self.gmta.port}
+        self.gmta.serve(self.gmta.configuration(f"""
 [domains]
-local = example.test
 relay_from = 127.0.0.0/8
-[plugins]
-enable = mailboxes, access
-[plugin:mailboxes]
-accept = any
-[transport:mailbox]
-type = maildir
-path = var/mail/{{domain}}/{{local}}
 [transport:outbound]
 type = relay
 port = {self.port}
@@ -282,7 +268,6 @@ allow_loopback = yes
 ca_file = {authority.file}
 sts_port = {self.web.port}
 [route]
-local = mailbox
 * = outbound
 [dns]
 servers = {self.unbound.address}
@@ -290,7 +275,7 @@ probe_signed = secure.example
 probe_bogus = bogus.example
 [tlsrpt]
 send = yes
-""")
+"""))
 
     def _zones(self, right: Issued) -> dict[str, Signed | str]:
         port = self.port

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import DEADLINE_S, Gmta, program, until
+from tests.e2e.conftest import DEADLINE_S, Gmta, children, program, until
 
 BROKEN = """Breaks in one hook: raises, hangs or returns nonsense, as told."""
 
@@ -41,11 +41,6 @@ def test_starttls_with_the_certificate_of_the_name_asked_for(gmta: Gmta, directo
             client.sendmail("a@sender.test", ["you@example.test"], b"Subject: tls\r\n\r\nx\r\n")
     files = gmta.arrived("you", 2)
     assert all(re.search(rb"using TLSv1\.3 with cipher .*\n\twith ESMTPS id", file.read_bytes()) for file in files)
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started and that run."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def both_workers(pid: int) -> list[int]:

@@ -38,13 +38,10 @@ class Site:
         added = subprocess.run([sys.executable, "-m", "gmta", "user", "add", USER, "--password-stdin", "-c", str(gmta.config)], input=f"{SECRET}\n".encode(),
                                capture_output=True, timeout=DEADLINE_S, check=False)
         assert added.returncode == 0, added.stderr
-        gmta.serve(f"""
+        gmta.serve(gmta.configuration(f"""
 [gmta]
-hostname = mx.example.test
 workers = 2
-log_file = gmta.log
 [listener:mx]
-address = 127.0.0.1:{gmta.port}
 {listener}
 [listener:submission]
 address = 127.0.0.1:{gmta.submission_port}
@@ -56,21 +53,14 @@ tls = implicit
 [tls]
 certificate = {certificate}
 key = {key}
-[domains]
-local = example.test
 [plugins]
 enable = {plugins}, mailboxes, access
 [plugin:auth_file]
 users_file = users
-[plugin:mailboxes]
-accept = any
-[transport:mailbox]
-type = maildir
-path = var/mail/{{domain}}/{{local}}
 [route]
 * = mailbox
 {extra}
-""")
+"""))
 
     def log(self) -> str:
         return (self.gmta.directory / "gmta.log").read_text()

@@ -14,7 +14,7 @@ import pytest
 
 from gmta.services.webhooks import Secrets
 from gmta.testing.authority import Authority
-from tests.e2e.conftest import Gmta, until
+from tests.e2e.conftest import Gmta, children, until
 from tests.http_peer import Heard, HttpPeer, Step
 
 pytestmark = pytest.mark.e2e
@@ -35,19 +35,9 @@ def peer(directory: Path) -> Iterator[HttpPeer]:
 
 
 def serve(gmta: Gmta, peer: HttpPeer, extra: str = "", *, plugins: str = "mailboxes", keys: str = "") -> None:
-    gmta.serve(f"""
-[gmta]
-hostname = mx.example.test
-workers = 1
-log_file = gmta.log
-[listener:mx]
-address = 127.0.0.1:{gmta.port}
-[domains]
-local = example.test
+    gmta.serve(gmta.configuration(f"""
 [plugins]
 enable = {plugins}
-[plugin:mailboxes]
-accept = any
 [queue]
 retry = 1s
 warn_after = 0
@@ -59,15 +49,11 @@ allow_private = yes
 ca_file = ca.pem
 request_timeout = 2s
 {keys}
-[transport:mailbox]
-type = maildir
-path = var/mail/{{domain}}/{{local}}
 [route]
 user@example.test = hook
-local = mailbox
 * = mailbox
 {extra}
-""")
+"""))
 
 
 def send(gmta: Gmta, sender: str = "sender@example.test", to: str = "user@example.test", message: bytes = MAIL) -> None:
@@ -204,12 +190,11 @@ def test_killed_workers_lose_nothing(gmta: Gmta, peer: HttpPeer) -> None:
 
 def workers(gmta: Gmta) -> list[int]:
     assert gmta.process is not None
-    children = Path(f"/proc/{gmta.process.pid}/task/{gmta.process.pid}/children").read_text().split()
     found = []
-    for child in children:
+    for child in children(gmta.process.pid):
         try:
             if b"gmta.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
+                found.append(child)
         except FileNotFoundError:
             pass  # it ended just now
     return found
