@@ -53,6 +53,7 @@ from gmta.services.maildirsize import (
     unlock,
     write_usage,
 )
+from gmta.services.watched import Watched
 
 LINGER_S = 0.010
 BATCH = 32
@@ -120,17 +121,16 @@ class Overrides:
         self._path = path
         self._services = services
         self._limits: dict[str, Limits] = {}
-        self._stamp: object = None
-        self._looked_at = services.clock()
-        if path:
-            self._stamp = self._stamp_now()
-            self._limits = self._read()
+        self._file = Watched([path], self._read, services.clock) if path else None
 
     def of(self, address: Address, user: str) -> Limits | None:
         """The quota that the file has for an address, else for its user."""
-        if not self._path:
+        if self._file is None:
             return None
-        self._refresh()
+        try:
+            self._file.refresh()
+        except (OSError, ValueError) as error:
+            self._services.log.error("quota_file not reloaded, the former content stays", error=str(error))
         user = user.lower()
         for key in (_key(address), f"{user}@{address.host}", user):
             found = self._limits.get(key)
@@ -141,26 +141,9 @@ class Overrides:
     @property
     def any(self) -> bool:
         """Whether there is a file."""
-        return bool(self._path)
+        return self._file is not None
 
-    def _stamp_now(self) -> tuple[int, int, int]:
-        stat = os.stat(self._path)
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
-
-    def _refresh(self) -> None:
-        now = self._services.clock()
-        if 0 <= now - self._looked_at < 1.0:
-            return
-        self._looked_at = now
-        try:
-            stamp = self._stamp_now()
-            if stamp != self._stamp:
-                self._stamp = stamp
-                self._limits = self._read()
-        except (OSError, ValueError) as error:
-            self._services.log.error("quota_file not reloaded, the former content stays", error=str(error))
-
-    def _read(self) -> dict[str, Limits]:
+    def _read(self) -> None:
         """Raises OSError, ValueError."""
         found: dict[str, Limits] = {}
         size: TypeAdapter[int] = TypeAdapter(Size)
@@ -178,7 +161,7 @@ class Overrides:
                 except (ValueError, IndexError) as error:
                     raise ValueError(f"{os.path.basename(self._path)}:{number}: expected `ADDRESS SIZE [MESSAGES]`") from error
                 found[key] = Limits(octets, messages)
-        return found
+        self._limits = found
 
 
 # --- the transport ----------------------------------------------------------------------------------------------
