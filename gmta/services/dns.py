@@ -304,7 +304,7 @@ class Resolver:
             return "permerror", ""
         end = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         kind = "A" if address.version == 4 else "AAAA"
-        names = self.look_up(address.reverse_pointer, "PTR", timeout_s=timeout_s)
+        names = self.look_up(reverse_query(ip), "PTR", timeout_s=timeout_s)
         if not names.records:
             return "temperror" if names.status is Status.TEMPORARY else "permerror", ""
         result = "fail"
