@@ -196,13 +196,14 @@ class Plugin:
             sent = f"dmarc-sent:{day}:{domain}"
             if now % DAY_S < _spread(self._hostname + domain) or state.get(sent) or state.add(sent, 1, KEEP_S) != 1:
                 continue
+            done = False
             try:
                 done = self._send(day, domain, policy)
             except OSError as error:
                 self._services.log.error("dmarc report can't be sent", domain=domain, error=str(error))
-                done = False
-            if not done:
-                state.delete(sent)
+            finally:
+                if not done:  # a worker that stops meanwhile leaves it to the others
+                    state.delete(sent)
 
     def _send(self, day: str, domain: str, policy: dict[str, str]) -> bool:
         """Sends a report to all who may have it; False where DNS can't tell now who that is. Raises OSError."""

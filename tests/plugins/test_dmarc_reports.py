@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
+import gevent
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -230,6 +231,20 @@ def test_what_fails_for_now_is_tried_again(state: MemoryState, clock: FakeClock)
     worker.reports.send_due()
     worker.reports.send_due()
     assert (len(full), len(worker.mail)) == (1, 1)
+
+
+def test_a_worker_that_stops_meanwhile_leaves_the_report_to_others(state: MemoryState, clock: FakeClock) -> None:
+    worker, other = Worker(state, clock, Zone(ZONE)), Worker(state, clock, Zone(ZONE))
+    worker.take("a@owner.example", dkim("owner.example"))
+
+    def stop(*_: Any) -> None:
+        raise gevent.GreenletExit
+
+    worker.submit = stop  # type: ignore[method-assign]
+    with pytest.raises(gevent.GreenletExit):
+        sent(worker, clock)
+    other.reports.send_due()
+    assert (len(worker.mail), len(other.mail)) == (0, 1)
 
 
 def test_there_is_an_end_to_rows(state: MemoryState, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
