@@ -18,6 +18,7 @@ from typing import Any
 import jsonschema
 import pytest
 from standardwebhooks import Webhook as Standard
+from urllib3.exceptions import ProtocolError
 
 from gmta import Delivery
 from gmta.mail.message import Message
@@ -335,6 +336,23 @@ def test_kept_connection_that_breaks_is_tried_once_more_marked_as_retry(peers: M
     one = transport(peer.url())
     assert [one.deliver(delivery())[0].status for _ in range(3)] == [Status.DELIVERED, Status.DELIVERED, Status.DEFERRED]
     assert [heard.headers["gmta-retry"] for heard in peer.heard] == ["no", "no", "yes", "no", "yes"]
+
+
+def test_connections_that_break_together_share_the_new_pool(peers: Make, transport: Make) -> None:
+    one = transport(peers(Step(200)).url())
+    one.deliver(delivery())
+    endpoint = one._endpoint
+    ((address, old),) = endpoint._pools.items()
+    fresh: list[Any] = []
+
+    def broken(*_: Any, **__: Any) -> None:
+        del endpoint._pools[address]  # another request, whose connection ended too, was faster
+        fresh.append(endpoint._pool(address))
+        raise ProtocolError("Connection aborted.", ConnectionResetError())
+
+    old.urlopen = broken
+    assert one.deliver(delivery())[0].status is Status.DELIVERED
+    assert endpoint._pools == {address: fresh[0]}
 
 
 # --- where nothing is sent ------------------------------------------------------------------------------------------
