@@ -176,9 +176,9 @@ def parse_rcpt(argument: str, *, smtputf8: bool, smtputf8_offered: bool, dsn: bo
 
 
 def parse_bdat(argument: str) -> tuple[int, bool]:
-    """(octets, last) of BDAT (RFC 3030 section 2); a Refused with a `size` attribute tells how many octets follow all the same."""
+    """(octets, last) of BDAT (RFC 3030 section 2); a BadChunk tells how many octets follow all the same."""
     words = argument.split()
-    if not words or not words[0].isdigit() or len(words[0]) > MAX_SIZE_DIGITS:
+    if not words or not (words[0].isascii() and words[0].isdigit()) or len(words[0]) > MAX_SIZE_DIGITS:  # RFC 3030 section 2: digits of ASCII
         raise Refused(Reply(501, "5.5.4", "BDAT needs a chunk size"))
     last = len(words) == 2 and words[1].upper() == "LAST"
     if len(words) > 1 and not last:

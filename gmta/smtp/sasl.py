@@ -14,6 +14,7 @@ import hashlib
 import hmac
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ def prepared(secret: str) -> bytes:
     return unicodedata.normalize("NFKC", secret).encode()
 
 
-class Exchange:
+class Exchange(ABC):
     """One authentication. user, secret, authzid: what the client says, as far as it has said it."""
 
     __slots__ = ("authzid", "mechanism", "secret", "user")
@@ -49,9 +50,9 @@ class Exchange:
         self.secret = ""
         self.authzid = ""
 
+    @abstractmethod
     def step(self, response: bytes | None) -> bytes | None:
         """The next challenge, or None where something is to be decided. response None: there was no initial one. Raises ValueError."""
-        raise NotImplementedError
 
     def failed(self) -> bytes | None:
         """What a refused client is told before the refusal; None: nothing."""

@@ -86,6 +86,16 @@ def test_xtext_there_and_back():
         assert decode_xtext(encode_xtext(text), "ENVID") == text
 
 
+@pytest.mark.parametrize("size", ["\u00b2", "\u0663", "1\u0663"])
+def test_a_chunk_size_in_other_digits_than_ascii_is_a_syntax_error(size):
+    server = ServerProtocol(Extensions(), "mx.example.org")
+    server.receive_data(f"BDAT {size}\r\nNOOP\r\n".encode())
+    event = server.next_event()
+    assert isinstance(event, events.Fault) and event.reply.code == 501
+    server.reply(event.reply)
+    assert isinstance(server.next_event(), events.Noop)
+
+
 def test_a_refused_chunk_counts_as_data_until_it_is_in():
     server = ServerProtocol(Extensions(size=100000), "mx")
     server.receive_data(HELLO + b"BDAT 9 LAST\r\nMAIL")
