@@ -343,17 +343,23 @@ class SqliteStore:
     def _run(self, operations: list[Any]) -> list[Any]:
         """One batch: all writes in one transaction (a shard), then the reads; what fails together is tried singly."""
         results: list[Any] = [None] * len(operations)
-        writes = [n for n, operation in enumerate(operations) if isinstance(operation, _Put | Settlement | _Release)]
-        if writes:
+        by_shard: dict[_Shard, list[int]] = {}
+        for n, operation in enumerate(operations):
+            if isinstance(operation, _Put | Settlement | _Release):
+                try:
+                    by_shard.setdefault(self._shard_of(operation), []).append(n)
+                except sqlite3.Error as error:
+                    results[n] = StoreError(str(error))
+        for shard, numbers in by_shard.items():
             try:
-                self._write([operations[n] for n in writes])
+                self._commit(shard, [operations[n] for n in numbers])
             except Exception as error:
                 self._make_way(error)
-                for n in writes:
+                for n in numbers:
                     try:
                         if self._full and isinstance(operations[n], _Put):
                             raise StoreFull("the disk is full") from error
-                        self._write([operations[n]])
+                        self._commit(shard, [operations[n]])
                     except Exception as single:
                         self._make_way(single)
                         results[n] = (StoreFull if self._is_full(single) else StoreError)(str(single))
@@ -403,19 +409,15 @@ class SqliteStore:
             self._full = False
             self._log.info("queue takes messages again")
 
-    def _write(self, operations: list[Any]) -> None:
-        """Commits puts and settlements, shard by shard; claims change with the commit."""
-        by_shard: dict[_Shard, list[Any]] = {}
-        for operation in operations:
-            shard = self._primary
-            if isinstance(operation, Settlement):
-                claim = self._claims.get(operation.envelope.id)
-                shard = claim.shard if claim is not None else self._find(operation.envelope.id)
-            elif isinstance(operation, _Release):
-                shard = operation.shard
-            by_shard.setdefault(shard, []).append(operation)
-        for shard, group in by_shard.items():
-            self._commit(shard, group)
+    def _shard_of(self, operation: Any) -> _Shard:
+        """Where an operation is to be written."""
+        if isinstance(operation, _Release):
+            shard: _Shard = operation.shard
+            return shard
+        if isinstance(operation, Settlement):
+            claim = self._claims.get(operation.envelope.id)
+            return claim.shard if claim is not None else self._find(operation.envelope.id)
+        return self._primary
 
     def _find(self, queue_id: str) -> _Shard:
         for shard in self._shards:
@@ -424,6 +426,7 @@ class SqliteStore:
         return self._primary
 
     def _commit(self, shard: _Shard, operations: list[Any]) -> None:
+        """Writes puts, settlements and releases of one shard in one transaction; claims change with it."""
         messages: list[tuple[Any, ...]] = []
         recipients: list[tuple[Any, ...]] = []
         events: list[tuple[Any, ...]] = []
@@ -681,21 +684,33 @@ class SqliteStore:
             # one seen empty is not opened again until somebody has written to it
             if number in ours or self._empty.get(number) == self._stamp(number):
                 continue
-            lock = self._lock(number)
-            if lock is None:
-                continue
-            shard = self._open(number, lock)
-            found = shard.connection.execute("SELECT count(*) FROM (SELECT 1 FROM message LIMIT 1000000)").fetchone()[0]
+            try:
+                count += self._adopt_shard(number)
+            except (StoreError, OSError, sqlite3.Error) as error:  # the mail in the others must not wait for this one
+                self._log.error("queue shard can't be adopted", shard=number, error=str(error))
+        return count
+
+    def _adopt_shard(self, number: int) -> int:
+        """Takes one shard over where it is nobody's and has messages; how many."""
+        lock = self._lock(number)
+        if lock is None:
+            return 0
+        shard = self._open(number, lock)
+        found = 0
+        try:
+            found = int(shard.connection.execute("SELECT count(*) FROM (SELECT 1 FROM message LIMIT 1000000)").fetchone()[0])
             if found:
                 self._shards.append(shard)
-                count += found
-                _start_new_thread(self._sweep, (shard,))
-                self._log.info("queue shard adopted", shard=number, messages=found)
-            else:
+        finally:
+            if not found:
                 shard.connection.close()
-                self._empty[number] = self._stamp(number)
                 os.close(lock)
-        return count
+        if not found:
+            self._empty[number] = self._stamp(number)
+            return 0
+        _start_new_thread(self._sweep, (shard,))
+        self._log.info("queue shard adopted", shard=number, messages=found)
+        return found
 
     def _stamp(self, number: int) -> tuple[int, ...]:
         """What changes when a shard is written to: size and time of the database and of its write-ahead log."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import gevent
 import pytest
@@ -12,9 +14,10 @@ import pytest
 from gmta.mail.address import Address
 from gmta.mail.envelope import DELIVERED, QUEUED, Envelope, RecipientState
 from gmta.mail.message import FileBody, Message
+from gmta.queue import schema
 from gmta.queue.admin import QueueAdmin
 from gmta.queue.ids import IdSource
-from gmta.queue.sqlite import SqliteStore
+from gmta.queue.sqlite import SqliteStore, _Put
 from gmta.queue.store import Event, Settlement, StoreError
 from gmta.services.log import NullLog
 
@@ -172,3 +175,45 @@ def test_an_empty_shard_is_opened_once_and_again_after_it_was_used(tmp_path: Pat
     again.close()
     assert first.adopt() == 1
     first.close()
+
+
+def test_a_shard_that_fails_does_not_undo_what_another_has_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, other = make(tmp_path), make(tmp_path, "BBBBB")
+    other.put(envelope("x"), Message.from_bytes(MESSAGE))
+    other.close()
+    assert store.adopt() == 1
+    (adopted,) = store.due(1000.0, 10)
+    commit = store._commit
+
+    def failing(shard: Any, operations: Any) -> None:
+        if shard is not store._primary:
+            raise sqlite3.OperationalError("disk I/O error")
+        commit(shard, operations)
+
+    monkeypatch.setattr(store, "_commit", failing)
+    fresh = envelope("y")
+    put, settled = store._run([_Put(fresh, Message.from_bytes(MESSAGE), ()), Settlement(adopted, adopted.recipients)])
+    assert put is None and isinstance(settled, StoreError)  # who hears that it failed would send it again
+    assert store.message(fresh.id) is not None and store.due(1000.0, 10) == []
+    store.close()
+
+
+def test_a_shard_that_cannot_be_opened_does_not_keep_others_from_adoption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, second, third = make(tmp_path), make(tmp_path, "BBBBB"), make(tmp_path, "CCCCC")
+    third.put(envelope("x"), Message.from_bytes(MESSAGE))
+    second.close()
+    third.close()
+    connect = schema.connect
+
+    def failing(path: str, **how: Any) -> sqlite3.Connection:
+        if path.endswith("002.db"):
+            raise sqlite3.OperationalError("disk I/O error")
+        return connect(path, **how)
+
+    monkeypatch.setattr(schema, "connect", failing)
+    assert store.adopt() == 1
+    monkeypatch.undo()
+    (tmp_path / "shard-002.db").touch()
+    assert store.adopt() == 0
+    assert [found.recipients[0].address.local for found in store.due(1000.0, 10)] == ["x"]
+    store.close()
