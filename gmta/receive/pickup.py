@@ -18,6 +18,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from typing import Any
 
 import gevent
@@ -176,7 +177,7 @@ class Pickup:
             try:
                 lock = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._recovered, said = False, ""
+                self._recovered, self._seen, said = False, -1, ""  # what another left undone may lie here unchanged
                 while True:
                     self.turn()
                     gevent.sleep(POLL_S)
@@ -209,16 +210,14 @@ class Pickup:
         stat = os.stat(self._directory)
         if stat.st_mtime_ns == self._seen:
             return
-        # a name that came within the same tick of the file system's clock may have been missed: look again until that is past
-        self._seen = stat.st_mtime_ns if now - stat.st_mtime > 1 else -1
         passed = self._busy | self._later.keys()
         found, strays = _in_thread(lambda: look(self._directory, passed, now))
         for path in strays:
             self._set_aside(path, "not named as a dropped message is")
         for path in found:
             self._begin(Claim(path))
-        if len(found) == WINDOW:
-            self._seen = -1
+        # a name that came within the same tick of the file system's clock may have been missed: look again until that is past
+        self._seen = stat.st_mtime_ns if now - stat.st_mtime > 1 and len(found) < WINDOW else -1
 
     def _begin(self, claim: Claim) -> None:
         """Takes a file in hand; waits while AT_ONCE are."""
@@ -381,8 +380,10 @@ def look(directory: str, passed: Collection[str], now: float) -> tuple[list[str]
                 elif not entry.name.endswith(maildrop.UNFINISHED):
                     if len(strays) < WINDOW:
                         strays.append(entry.path)
-                elif now - entry.stat(follow_symlinks=False).st_mtime > UNFINISHED_S:
-                    os.unlink(entry.path)
+                else:
+                    with suppress(FileNotFoundError):  # it was completed, or given up, since the directory was read
+                        if now - entry.stat(follow_symlinks=False).st_mtime > UNFINISHED_S:
+                            os.unlink(entry.path)
 
     return heapq.nsmallest(WINDOW, complete()), strays
 

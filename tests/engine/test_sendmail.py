@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from gmta.queue.ids import IdSource
 from gmta.queue.maildrop import BadDrop, Drop, Sender, open_drop, prepare
 from gmta.queue.sqlite import SqliteStore
 from gmta.queue.store import StoreError, StoreFull
-from gmta.receive.pickup import RETRY_S, UNFINISHED_S, Pickup
+from gmta.receive.pickup import RETRY_S, UNFINISHED_S, Pickup, look
 from gmta.receive.pipeline import Pipeline
 from gmta.testing import FakeClock, MemoryLog, make_services
 from tests.e2e.conftest import DEADLINE_S, Gmta, until
@@ -871,6 +872,46 @@ def test_unfinished_files_are_left_alone_for_a_day(rig: Rig) -> None:
         os.utime(rig.maildrop / name, (rig.clock.now - age_s,) * 2)
     rig.deliver()
     assert rig.left() == ["0000000000000001.tmp"]
+
+
+def test_a_file_that_is_completed_while_the_directory_is_read_is_no_trouble(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = rig.drop("you@example.test")
+    unfinished = rig.maildrop / "0000000000000001.tmp"
+    unfinished.write_text("x")
+    scandir = os.scandir
+
+    @contextmanager
+    def slow(directory: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with scandir(directory) as entries:
+            found = list(entries)
+        unfinished.unlink()
+        yield iter(found)
+
+    monkeypatch.setattr("gmta.receive.pickup.os.scandir", slow)
+    assert look(str(rig.maildrop), (), rig.clock.now) == ([waiting], [])
+
+
+def test_who_gets_the_lock_again_looks_at_what_has_not_changed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gmta.receive.pickup.POLL_S", 0.01)
+    monkeypatch.setattr("gmta.receive.pickup.LOCK_S", 0.01)
+    monkeypatch.setattr(rig.store, "has_room", lambda size_bytes: False)
+    rig.drop("you@example.test")
+    os.utime(rig.maildrop, (rig.clock.now - 10,) * 2)
+    turn, stat = rig.pickup.turn, os.stat
+
+    def failing() -> None:
+        monkeypatch.setattr(rig.pickup, "turn", turn)
+        monkeypatch.setattr(rig.store, "has_room", lambda size_bytes: True)
+        stat("/no such directory")
+
+    rig.pickup.start()
+    with gevent.Timeout(DEADLINE_S):
+        while not rig.log.of("dropped message is left for later"):
+            gevent.sleep(0.01)
+        monkeypatch.setattr(rig.pickup, "turn", failing)
+        while not rig.accepted:
+            gevent.sleep(0.01)
+    assert rig.left() == []
 
 
 def test_one_worker_at_a_time_looks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
