@@ -57,7 +57,7 @@ class Listening:
 class Process:
     """One worker process as the supervisor sees it. beat: descriptor its heartbeat comes from; life: one that ends with us."""
 
-    __slots__ = ("beat", "killed", "last_beat", "life", "number", "popen", "ready", "stopping_since")
+    __slots__ = ("beat", "killed", "last_beat", "life", "number", "popen", "ready", "reopen", "stopping_since")
 
     def __init__(self, popen: subprocess.Popen[bytes], number: int, beat: int, life: int, started_at: float) -> None:
         self.popen = popen
@@ -65,6 +65,7 @@ class Process:
         self.beat = beat
         self.life = life
         self.ready = False
+        self.reopen = False  # its log files, once it is ready: before that SIGUSR1 would end it
         self.killed = False
         self.stopping_since: float | None = None
         self.last_beat = started_at
@@ -172,7 +173,9 @@ class Supervisor:
             self._begin_reload()
         elif signum == signal.SIGUSR1:
             for process in self._all():
-                process.signal(signal.SIGUSR1)
+                process.reopen = not process.ready
+                if process.ready:
+                    process.signal(signal.SIGUSR1)
 
     # -- sockets ----------------------------------------------------------------------------------------------------
 
@@ -281,6 +284,8 @@ class Supervisor:
         if process.ready:
             return
         process.ready = True
+        if process.reopen:
+            process.signal(signal.SIGUSR1)
         if self._reload is not None:
             if all(one.ready for one in self._reload.workers):
                 self._switch(self._reload)

@@ -6,6 +6,7 @@ tests run the real `gmta serve` with sockets that a service manager would pass.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pwd
@@ -320,6 +321,20 @@ def test_a_reload_keeps_the_sockets_of_a_listener_that_is_renamed_and_adds_addre
     assert len(supervisor.listening["inbound", "0.0.0.0", site.port].sockets) == 1
 
 
+def test_a_worker_that_boots_is_told_to_reopen_its_log_when_it_is_ready(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = site.supervisor()
+    supervisor.start()
+    told: list[tuple[bool, int]] = []
+    monkeypatch.setattr(module.Process, "signal", lambda self, signum: told.append((self.ready, signum)))
+    supervisor.act(signal.SIGUSR1)
+    assert told == []  # it has no handler yet, and would end
+    turn(supervisor, lambda: supervisor.workers[0].ready, "ready worker")
+    assert told == [(True, signal.SIGUSR1)]
+    supervisor.act(signal.SIGUSR1)
+    assert told == [(True, signal.SIGUSR1)] * 2
+    monkeypatch.undo()
+
+
 def test_a_reload_asked_for_during_a_reload_is_made_afterwards(site: Site) -> None:
     supervisor = site.started()
     supervisor.act(signal.SIGHUP)
@@ -332,6 +347,7 @@ def test_a_reload_asked_for_during_a_reload_is_made_afterwards(site: Site) -> No
 def test_workers_that_cannot_be_started_at_all(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     supervisor = site.started()
     before, command = pids(supervisor), supervisor._command
+    gc.collect()  # what other tests left open is closed before it is counted
     descriptors = len(os.listdir("/proc/self/fd"))
     supervisor._command = ("/nowhere/python",)
     supervisor.act(signal.SIGHUP)
