@@ -130,6 +130,11 @@ def _host_port(value: Any) -> Any:
     return ("0.0.0.0" if host == "*" else host, int(port))
 
 
+def host_port_text(host: str, port: int) -> str:
+    """A host and its port as the file has them."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def name_server(text: str) -> tuple[str, int]:
     """(address, port) of a name server from 127.0.0.1, 127.0.0.1:5353, ::1 or [::1]:5353; port 53 where none is given.
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 
-from gmta.config import ConfigError
+from gmta.config import ConfigError, host_port_text
 
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 
@@ -34,8 +34,7 @@ class Given(NamedTuple):
         return host == self.host or (both and host == "0.0.0.0")
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.name or 'unnamed'} ({host}:{self.port})"
+        return f"{self.name or 'unnamed'} ({host_port_text(self.host, self.port)})"
 
 
 def given_sockets(environ: MutableMapping[str, str], pid: int) -> list[Given]:

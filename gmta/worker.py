@@ -8,7 +8,6 @@ from gevent import monkey
 
 monkey.patch_all()
 
-import ipaddress  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
@@ -32,7 +31,7 @@ from gmta.queue import maildrop  # noqa: E402
 from gmta.queue.ids import IdSource  # noqa: E402
 from gmta.queue.sqlite import SqliteStore  # noqa: E402
 from gmta.receive.connection import Connection  # noqa: E402
-from gmta.receive.limits import ConnectionLimits  # noqa: E402
+from gmta.receive.limits import ConnectionLimits, within  # noqa: E402
 from gmta.receive.pickup import Pickup  # noqa: E402
 from gmta.receive.pipeline import Pipeline  # noqa: E402
 from gmta.receive.proxy import read_header, turn_away  # noqa: E402
@@ -173,7 +172,7 @@ class Worker:
         local_ip = _plain(local_ip)
         if listener.proxy_protocol:
             try:
-                if not self._is_proxy(ip, listener):
+                if not within(ip, listener.proxy_from):  # what others say about clients is not believed
                     raise ValueError("not in proxy_from")
                 client = read_header(accepted, PROXY_S)
             except (ValueError, OSError) as error:
@@ -212,12 +211,6 @@ class Worker:
                 file.abandon()
 
         self.services.batch("submit").submit(write)
-
-    @staticmethod
-    def _is_proxy(ip: str, listener: Any) -> bool:
-        """Whether what is said there about clients is believed."""
-        address = ipaddress.ip_address(ip)
-        return any(address in network for network in listener.proxy_from)
 
 
 def _plain(ip: str) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from gmta.cli.options import config_option, json_option, plugin_manager
 from gmta.cli.output import clean, on_terminal, print_json, print_table, value_text
-from gmta.config import Config, load
+from gmta.config import Config, host_port_text, load
 from gmta.mail.verdict import Outcome
 
 HIDDEN = "(hidden)"
@@ -75,14 +75,8 @@ def _open(key: str, value: Any) -> Any:
     if value and ("password" in key or "secret" in key or key == "authorization") and not key.endswith("_file"):
         return HIDDEN
     if key == "address" and isinstance(value, list):
-        return [_address(one) for one in value] if value and isinstance(value[0], list) else _address(value)
+        return [host_port_text(*one) for one in value] if value and isinstance(value[0], list) else host_port_text(*value)
     return sorted(value) if isinstance(value, set | frozenset) else value
-
-
-def _address(pair: Any) -> str:
-    """(host, port) as the file has it."""
-    host, port = pair
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @click.command()

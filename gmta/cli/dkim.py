@@ -159,7 +159,7 @@ def _files(config: Config) -> KeyFiles:
 
 def _write_new(file: str, octets: bytes, user: str | None) -> None:
     """Makes a file of mode 0600 that is there whole or not at all; raises FileExistsError and other OSErrors."""
-    from gmta.services.files import sync_directory, write_all
+    from gmta.services.files import sync_directory, write_new
 
     owner = pwd.getpwnam(user) if user and os.geteuid() == 0 else None
     folder, _, name = file.rpartition("/")
@@ -173,15 +173,8 @@ def _write_new(file: str, octets: bytes, user: str | None) -> None:
             os.chown(one, owner.pw_uid, owner.pw_gid)
     folder = file.rpartition("/")[0]
     partial = f"{folder}/.{name}.{os.getpid()}"  # no selector begins with a dot
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    write_new(partial, octets, (owner.pw_uid, owner.pw_gid) if owner is not None else None)
     try:
-        try:
-            if owner is not None:
-                os.fchown(descriptor, owner.pw_uid, owner.pw_gid)
-            write_all(descriptor, octets)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
         os.link(partial, file)  # unlike rename, never over another
     finally:
         os.unlink(partial)

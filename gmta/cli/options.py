@@ -31,17 +31,8 @@ def plugin_manager(config: Config) -> PluginManager:
     return PluginManager(config, Services(config, log, metrics, resolver=Resolver.configured(config)), log, metrics)
 
 
-def queue_admin(path: str | None) -> QueueAdmin:
-    """The operator's side of the queue that the configuration at `path` names."""
-    from gmta.config import load
+def queue_admin(data_dir: str) -> QueueAdmin:
+    """The operator's side of the queue in that data directory."""
     from gmta.queue.admin import QueueAdmin
 
-    return QueueAdmin(os.path.join(load(path).gmta.data_dir, "queue"))
-
-
-def dropped(path: str | None) -> int:
-    """How many messages wait in the maildrop for a server to pick them up."""
-    from gmta.config import load
-    from gmta.queue.maildrop import waiting
-
-    return waiting(load(path).gmta.data_dir)
+    return QueueAdmin(os.path.join(data_dir, "queue"))

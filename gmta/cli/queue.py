@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 import click
 
 from gmta.cli import output
-from gmta.cli.options import config_option, dropped, json_option, queue_admin
+from gmta.cli.options import config_option, json_option, queue_admin
 from gmta.cli.output import clean, on_terminal, print_json, size_text, time_text
+from gmta.config import load
+from gmta.queue.maildrop import waiting
 
 TABLE_MESSAGES = 500  # a longer list is no table: its columns could only be laid out when all is read
 
@@ -26,7 +28,7 @@ TABLE_MESSAGES = 500  # a longer list is no table: its columns could only be lai
 @json_option
 def trace(queue_id: str, path: str | None, as_json: bool) -> None:
     """A message's history, from connection to last outcome."""
-    events = queue_admin(path).trace(queue_id)
+    events = queue_admin(load(path).gmta.data_dir).trace(queue_id)
     if as_json:
         print_json([{"id": event.queue_id, "at": event.at, "kind": event.kind, "data": event.data} for event in events])
     elif not events:
@@ -61,7 +63,8 @@ def queue() -> None:
 @json_option
 def list_(ids: tuple[str, ...], domain: str | None, sender: str | None, path: str | None, as_json: bool) -> None:
     """What is queued, and why."""
-    rows = queue_admin(path).list(ids, domain=domain, sender=sender, all=True)
+    data_dir = load(path).gmta.data_dir
+    rows = queue_admin(data_dir).list(ids, domain=domain, sender=sender, all=True)
     if as_json:
         output.print_json_list(rows)
         return
@@ -80,9 +83,9 @@ def list_(ids: tuple[str, ...], domain: str | None, sender: str | None, path: st
         for recipient in row["recipients"]:
             click.echo(f"    {clean(recipient['address'])} {_state(recipient)}")
     count, octets = totals
-    waiting = dropped(path)
-    if waiting:
-        click.echo(f"-- {waiting} more in the maildrop, for the server to pick up")
+    dropped = waiting(data_dir)
+    if dropped:
+        click.echo(f"-- {dropped} more in the maildrop, for the server to pick up")
     click.echo(f"-- {size_text(octets)} in {count} message{'' if count == 1 else 's'}" if count else "The queue is empty")
 
 
@@ -112,7 +115,7 @@ def _state(recipient: dict[str, Any]) -> str:
     if recipient["attempts"]:
         parts.append(f"attempts={recipient['attempts']}")
     if recipient["status"] == "queued" and recipient["attempts"]:
-        parts.append(f"next={time_text(recipient['next_attempt_at'])}")
+        parts.append(f"next={time_text(at) if (at := recipient['next_attempt_at']) else 'now'}")  # 0: an operator made it due
     if recipient["transport"]:
         parts.append(f"via={recipient['transport']}" + (f":{recipient['next_hop']}" if recipient["next_hop"] else ""))
     if recipient["last_reply"]:
@@ -126,7 +129,7 @@ def _state(recipient: dict[str, Any]) -> str:
 @json_option
 def show(queue_id: str, path: str | None, as_json: bool) -> None:
     """One message's envelope."""
-    row = queue_admin(path).show(queue_id)
+    row = queue_admin(load(path).gmta.data_dir).show(queue_id)
     if row is None:
         _not_queued(queue_id)
     if as_json:
@@ -147,7 +150,7 @@ def show(queue_id: str, path: str | None, as_json: bool) -> None:
 @config_option
 def cat(queue_id: str, path: str | None) -> None:
     """The octets of a queued message."""
-    pieces = queue_admin(path).cat(queue_id)
+    pieces = queue_admin(load(path).gmta.data_dir).cat(queue_id)
     if pieces is None:
         _not_queued(queue_id)
     out = sys.stdout.buffer
@@ -168,7 +171,8 @@ def _not_queued(queue_id: str) -> NoReturn:
 @json_option
 def stats(path: str | None, as_json: bool) -> None:
     """Counts: messages, octets, recipients by state and by lane, what waits in the maildrop; attempts in flight with their age."""
-    counts = queue_admin(path).stats() | {"maildrop": dropped(path)}
+    data_dir = load(path).gmta.data_dir
+    counts = queue_admin(data_dir).stats() | {"maildrop": waiting(data_dir)}
     if as_json:
         print_json(counts)
         return
@@ -205,7 +209,7 @@ def _changer(name: str, summary: str) -> None:
     def change(ids: tuple[str, ...], domain: str | None, sender: str | None, everything: bool, path: str | None, as_json: bool) -> None:
         if not (ids or domain or sender is not None or everything):
             raise click.UsageError("name IDs, --domain, --sender or --all")
-        count = getattr(queue_admin(path), name)(ids, domain=domain, sender=sender, all=everything)
+        count = getattr(queue_admin(load(path).gmta.data_dir), name)(ids, domain=domain, sender=sender, all=everything)
         if as_json:
             print_json({"changed": count})
         else:

@@ -123,7 +123,7 @@ class Options:
                 raise Failure(EX_USAGE, "-R: expected full or hdrs")
         elif letter == "V":
             self.envid = value
-            if not value.isascii() or not value.isprintable() or " " in value or len(value) > 100:  # RFC 3461 section 4.4
+            if maildrop.ENVID.match(value) is None:
                 raise Failure(EX_USAGE, "-V: expected up to 100 printable characters without blanks")
         elif letter == "i" or (letter == "o" and value.startswith("i")) or (letter == "O" and value.lower().startswith("ignoredots=t")):
             self.ignore_dots = True

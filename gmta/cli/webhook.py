@@ -7,7 +7,6 @@ hold, or an endpoint that did not take it.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import click
 
-from gmta.cli.options import config_option, json_option, plugin_manager
+from gmta.cli.options import config_option, json_option, plugin_manager, queue_admin
 from gmta.cli.output import clean, print_json
 from gmta.config import Config, load
 
@@ -102,10 +101,8 @@ def replay(queue_id: str, transport: str | None, path: str | None, as_json: bool
 def _deliveries(config: Config, queue_id: str, name: str | None) -> Iterator[tuple[Any, Delivery]]:
     """(transport, delivery) of a queued message; ends the command where there is none."""
     from gmta.hookspecs import Delivery
-    from gmta.queue.admin import QueueAdmin
 
-    admin = QueueAdmin(os.path.join(config.gmta.data_dir, "queue"))
-    loaded = admin.load(queue_id)
+    loaded = queue_admin(config.gmta.data_dir).load(queue_id)
     if loaded is None:
         click.echo(f"{clean(queue_id)} is not in the queue", err=True)
         sys.exit(1)

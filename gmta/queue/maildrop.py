@@ -36,7 +36,7 @@ MAX_ENVELOPE = 1024 * 1024  # octets
 NOTIFY = frozenset({"SUCCESS", "FAILURE", "DELAY"})
 BODIES = ("7BIT", "8BITMIME")
 
-_ENVID = re.compile(r"[!-~]{0,100}\Z")  # RFC 3461 section 4.4
+ENVID = re.compile(r"[!-~]{0,100}\Z")  # RFC 3461 section 4.4
 
 
 class BadDrop(Exception):
@@ -80,7 +80,7 @@ class Drop:
             raise BadDrop("it has no recipients")
         if not (notify <= NOTIFY or notify == {"NEVER"}) or ret not in ("", "FULL", "HDRS") or body not in ("", *BODIES):
             raise BadDrop("notify, ret or body has an unknown value")
-        if _ENVID.match(envid) is None:
+        if ENVID.match(envid) is None:
             raise BadDrop("envid can't be sent on")
         try:
             sender = parse_path(f"<{_text(data, 'sender')}>", null=True, smtputf8=True)

@@ -6,7 +6,6 @@ answered in one write (RFC 2920). Whatever goes wrong here ends this connection 
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from typing import Any
 
@@ -15,7 +14,7 @@ import gevent
 from gmta.mail import reply as replies
 from gmta.mail.reply import Reply
 from gmta.mail.session import AuthResult, Session
-from gmta.receive.limits import ConnectionLimits
+from gmta.receive.limits import ConnectionLimits, within
 from gmta.receive.pipeline import Pipeline, Reception
 from gmta.services.deadlines import NEVER, Deadlines
 from gmta.services.tls import tls_info
@@ -58,7 +57,7 @@ class Connection:
         self._cut: Reply | None = None  # why a deadline ended the connection
         self._heard_at = self._clock()
         self._out: list[bytes] = []
-        self._may_xclient = bool(listener.xclient_from) and _within(session.peer_ip, listener.xclient_from)
+        self._may_xclient = bool(listener.xclient_from) and within(session.peer_ip, listener.xclient_from)
         self._reception = Reception(pipeline, session)
         self.busy = False
 
@@ -332,12 +331,6 @@ class Connection:
             self._socket.close()
         except OSError:
             pass
-
-
-def _within(ip: str, networks: list[Any]) -> bool:
-    """Whether the address lies in one of the networks."""
-    address = ipaddress.ip_address(ip)
-    return any(address in network for network in networks)
 
 
 def _is_loopback(ip: str) -> bool:

@@ -9,7 +9,10 @@ import ipaddress
 import os
 import resource
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
+
+from gmta.services.dns import plain_address
 
 CONNECTION_OCTETS = 120 * 1024  # of memory, with TLS
 OTHER_DESCRIPTORS = 300
@@ -20,6 +23,12 @@ def subnet(ip: str) -> str:
     if ":" in ip:
         return str(ipaddress.ip_network(f"{ip}/48", strict=False))
     return ip.rpartition(".")[0]
+
+
+def within(ip: str, networks: Iterable[Any]) -> bool:
+    """Whether the address lies in one of the networks."""
+    address = plain_address(ip)
+    return any(address in network for network in networks)
 
 
 def affordable(workers: int) -> int:
@@ -50,10 +59,7 @@ class ConnectionLimits:
         if known is None:
             if len(self._relay_cache) > 10000:
                 self._relay_cache.clear()
-            address: Any = ipaddress.ip_address(ip)
-            if address.version == 6 and address.ipv4_mapped is not None:
-                address = address.ipv4_mapped
-            known = self._relay_cache[ip] = any(address in network for network in self._relay_from)
+            known = self._relay_cache[ip] = within(ip, self._relay_from)
         return known
 
     @property

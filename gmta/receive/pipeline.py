@@ -7,7 +7,6 @@ a refused message's spool file is removed.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import sqlite3
 from collections.abc import Callable, Iterable
@@ -27,6 +26,7 @@ from gmta.plugins import PluginFailure
 from gmta.queue.admin import QueueAdmin
 from gmta.queue.store import Event, Store, StoreError, StoreFull
 from gmta.receive.authentication import Authentication, Mechanisms
+from gmta.receive.limits import within
 from gmta.services.files import NO_ROOM, start_writing_out, write_all
 from gmta.smtp import events
 from gmta.smtp.server import Bounds
@@ -58,10 +58,7 @@ class Pipeline:
     def may_etrn(self, ip: str) -> bool:
         """Whether a client there may ask for the mail of relay_to."""
         networks = self.config.domains.etrn_from
-        if not networks:
-            return False
-        address = ipaddress.ip_address(ip)
-        return any(address in network for network in networks)
+        return bool(networks) and within(ip, networks)
 
     def size_limit(self, session: Session) -> int:
         """Octets a message of this session may have: the smallest that configuration and plugins say."""

@@ -21,6 +21,25 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view):]
 
 
+def write_new(path: str, data: bytes, owner: tuple[int, int] | None = None) -> None:
+    """Makes a file of mode 0600 with these octets, synced; its name is not yet. owner: (uid, gid), for root to give it to.
+
+    Nothing is left where that fails; FileExistsError where there is one of that name.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            if owner is not None and os.geteuid() == 0:
+                os.fchown(descriptor, *owner)
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
 def sync_directory(path: str) -> None:
     """Makes the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -62,17 +81,7 @@ def sync_file_system(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _find_renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
-    """renameat2(2) of the C library, which Python does not have, or None."""
-    found = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if found is None:
-        return None
-    found.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    function: Callable[[int, bytes, int, bytes, int], int] = found
-    return function
-
-
-_renameat2 = _find_renameat2()
+_renameat2 = _from_libc("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _NOREPLACE = 1
 _HAS_NONE = frozenset({errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP})  # old kernels, some file systems, some sandboxes
 

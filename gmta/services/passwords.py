@@ -18,7 +18,7 @@ from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, InvalidHashError
 
 from gmta.mail.address import AddressError, domain_key, parse_mailbox
-from gmta.services.files import sync_directory, write_all
+from gmta.services.files import sync_directory, write_new
 from gmta.smtp.sasl import ScramVerifier, prepared
 
 DEFAULT_FILE = "etc/users"
@@ -164,15 +164,8 @@ def change(path: str, edit: Callable[[dict[str, str]], None], owner: tuple[int, 
 def _replace(path: str, octets: bytes, owner: tuple[int, int] | None) -> None:
     """Puts a new file of mode 0600 in the place of `path`."""
     partial = f"{path}.{os.getpid()}.new"
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    write_new(partial, octets, owner)
     try:
-        try:
-            if owner is not None and os.geteuid() == 0:
-                os.fchown(descriptor, *owner)
-            write_all(descriptor, octets)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
         os.rename(partial, path)
     except BaseException:
         with suppress(OSError):

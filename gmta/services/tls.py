@@ -16,9 +16,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.x509 import load_pem_x509_certificate
 from gevent.ssl import SSLContext
 
 from gmta.mail.session import TlsInfo
@@ -130,6 +127,11 @@ def _server_context(certificate: str, key: str | None, minimum_version: str, cli
 
 def _end_point(certificate: str) -> bytes:
     """tls-server-end-point data (RFC 5929 section 4.1); b"" where the certificate's signature has no hash of its own (Ed25519)."""
+    # here, since a process that has no certificate to look into starts sooner without
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.x509 import load_pem_x509_certificate
+
     with open(certificate, "rb") as file:
         found = load_pem_x509_certificate(file.read())
     try:
