@@ -31,6 +31,7 @@ from gmta import Delivery, Duration, PluginConfig, Verdict, accept, hookimpl, re
 from gmta.mail.address import Address, AddressError, domain_key
 from gmta.mail.message import Message
 from gmta.mail.session import Recipient, Session, Transaction
+from gmta.mail.trace import delivered_to
 
 TYPE = "forward"
 HASH = 8  # characters
@@ -254,8 +255,8 @@ class Plugin:
         found = [one for one in transaction.recipients if one.original is not one.address and self._is_forwarded(one.address, str(one.original))]
         if not found:
             return None
-        seen = {value.strip().lower() for value in message.values("Delivered-To")}
-        looping = [one for one in found if str(one.original).lower().encode("utf-8", "surrogateescape") in seen]
+        seen = delivered_to(message)
+        looping = [one for one in found if one.original.key in seen]
         loop = reject("The message goes round in circles: it was forwarded from here before", 554, "5.4.6")
         return dict.fromkeys(looping, loop) or None
 

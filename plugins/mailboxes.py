@@ -28,7 +28,7 @@ from gmta import PluginConfig, Verdict, accept, hookimpl, reject
 from gmta.config import Path
 from gmta.mail.address import Address, domain_key
 from gmta.mail.session import Recipient, Session, Transaction
-from gmta.services.aliases import address_key, name_key, parse_aliases
+from gmta.services.aliases import name_key, parse_aliases
 from gmta.services.watched import Watched
 
 MAX_DEPTH = 50  # an alias chain longer than this is taken for a loop
@@ -134,9 +134,9 @@ class Plugin:
     def _resolve(self, address: Address, path: tuple[str, ...], found: dict[str, Address], done: set[str]) -> None:
         """Adds to `found` where `address` ends; raises Refused. path: aliases above it; done: aliases dealt with."""
         if address.host not in self._domains:
-            found.setdefault(address_key(address), address)
+            found.setdefault(address.key, address)
             return
-        key = address_key(address)
+        key = address.key
         if path and path[-1] == key:  # `joe: joe, joe@elsewhere` keeps a copy in joe's own mailbox
             self._end(address, found)
             return
@@ -173,10 +173,10 @@ class Plugin:
             return
         if _UNSAFE.search(address.mailbox):
             raise Refused(reject("Recipient address is not allowed", 550, "5.1.3"))
-        if self._catch_all is not None and address_key(self._catch_all) not in path and address_key(self._catch_all) != address_key(address):
-            self._resolve(self._catch_all, (*path, address_key(address)), found, done)
+        if self._catch_all is not None and self._catch_all.key not in path and self._catch_all.key != address.key:
+            self._resolve(self._catch_all, (*path, address.key), found, done)
             return
-        catches = self._catch_all is not None and address_key(self._catch_all) == address_key(address)
+        catches = self._catch_all is not None and self._catch_all.key == address.key
         if self._config.accept == "any" or catches:
             found.setdefault(f"{user.lower()}@{address.host}", Address.make(user.lower(), address.host))
             return

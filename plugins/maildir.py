@@ -36,9 +36,10 @@ from pydantic import Field, TypeAdapter, field_validator
 import gmta
 from gmta import PluginConfig, Verdict, hookimpl
 from gmta.config import ExistingFile, Size
-from gmta.mail.address import Address, AddressError
+from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState, stored_address
 from gmta.mail.message import Message, with_lf
+from gmta.mail.trace import delivered_to
 from gmta.services.files import NO_ROOM, rename_new, start_writing_out, sync_directory, write_all
 from gmta.services.maildirsize import (
     OTHERS,
@@ -132,7 +133,7 @@ class Overrides:
         except (OSError, ValueError) as error:
             self._services.log.error("quota_file not reloaded, the former content stays", error=str(error))
         user = user.lower()
-        for key in (_key(address), f"{user}@{address.host}", user):
+        for key in (address.key, f"{user}@{address.host}", user):
             found = self._limits.get(key)
             if found is not None:
                 return found
@@ -157,7 +158,7 @@ class Overrides:
                     messages = int(words[2]) if len(words) > 2 else 0
                     if messages < 0 or len(words) > 3:
                         raise ValueError
-                    key = _key(Address.parse(words[0])) if "@" in words[0] else words[0].lower()
+                    key = Address.parse(words[0]).key if "@" in words[0] else words[0].lower()
                 except (ValueError, IndexError) as error:
                     raise ValueError(f"{os.path.basename(self._path)}:{number}: expected `ADDRESS SIZE [MESSAGES]`") from error
                 found[key] = Limits(octets, messages)
@@ -246,7 +247,7 @@ class Maildir:
         outcomes = {}
         for recipient in delivery.recipients:
             outcome: gmta.Outcome | None
-            if seen and _key(recipient.address) in seen:
+            if seen and recipient.address.key in seen:
                 outcome = _LOOP
             else:
                 try:
@@ -705,24 +706,6 @@ def _same(directory: int, name: str, other_directory: int, other_name: str) -> b
                 return False
             if not piece:
                 return True
-
-
-def delivered_to(message: Message) -> frozenset[str]:
-    """The addresses that the message says it was delivered to (RFC 9228)."""
-    if b"delivered-to" not in message.header.lower():
-        return frozenset()
-    return frozenset(_key_of(value.strip().decode("utf-8", "surrogateescape")) for value in message.values("Delivered-To"))
-
-
-def _key_of(text: str) -> str:
-    try:
-        return _key(Address.parse(text.removeprefix("<").removesuffix(">")))
-    except AddressError:
-        return ""
-
-
-def _key(address: Address) -> str:
-    return f"{address.mailbox.lower()}@{address.host}"
 
 
 def safe(text: str, fold_case: bool = True, form: str = "nfc") -> str:

@@ -36,8 +36,9 @@ from pydantic import Field, field_validator
 import gmta
 from gmta import PluginConfig, hookimpl
 from gmta.config import Duration, Path
-from gmta.mail.address import Address, AddressError
+from gmta.mail.address import Address
 from gmta.mail.message import Message, with_lf
+from gmta.mail.trace import delivered_to
 from gmta.services.files import write_all
 
 MAX_OUTPUT = 4096  # octets of what a command prints that are kept
@@ -166,7 +167,7 @@ class Pipe:
     def _attempt(self, delivery: Any, recipients: list[Any]) -> gmta.Outcome:
         try:
             addresses = [recipient.address for recipient in recipients]
-            if self._config.trace and len(addresses) == 1 and addresses[0] in delivered_to(delivery.message):
+            if self._config.trace and len(addresses) == 1 and addresses[0].key in delivered_to(delivery.message):
                 return _LOOP
             arguments = self.arguments(delivery.envelope, addresses)
             runs_as = self._account_of(addresses)
@@ -367,19 +368,6 @@ def _unfit(word: Word) -> Unfit:
     if word.of_recipient:
         return Unfit(gmta.failed("The address can't be handed to the command", enhanced="5.1.3", code=550))
     return Unfit(gmta.failed("The sender's address can't be handed to the command", enhanced="5.1.7", code=550))
-
-
-def delivered_to(message: Message) -> list[Address]:
-    """The addresses that the message says it was delivered to (RFC 9228)."""
-    if b"delivered-to" not in message.header.lower():
-        return []
-    found = []
-    for value in message.values("Delivered-To"):
-        try:
-            found.append(Address.parse(value.strip().decode("utf-8", "surrogateescape").removeprefix("<").removesuffix(">")))
-        except AddressError:
-            continue
-    return found
 
 
 def account(name: str) -> Account:

@@ -33,7 +33,7 @@ from gmta.mail.address import Address, AddressError, check_domain, domain_key
 from gmta.mail.fields import mailboxes
 from gmta.mail.message import Message
 from gmta.mail.session import Session, Transaction
-from gmta.services.aliases import address_key, name_key, parse_aliases
+from gmta.services.aliases import name_key, parse_aliases
 from gmta.services.watched import Watched
 
 MAX_DEPTH = 20  # aliases that lead to one another
@@ -78,11 +78,11 @@ class Grants:
             below = "." if text.startswith("@.") else ""
             check_domain(text[1 + len(below):])
             return f"@{below}{domain_key(text[1 + len(below):])}"
-        return address_key(Address.parse(text))
+        return Address.parse(text).key
 
     def cover(self, user: str, address: Address) -> bool:
         """Whether the user was granted the address. user: as user_key has it."""
-        wanted = {"*", address_key(address), f"@{address.host}"}
+        wanted = {"*", address.key, f"@{address.host}"}
         parent = address.host
         while "." in parent:
             parent = parent.partition(".")[2]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from gmta.mail.address import AddressError, literal_ip
 from gmta.mail.verdict import Outcome, deferred, failed
-from gmta.services.dns import Addresses, Answer, Status, is_ip, name_text, plain_address
+from gmta.services.dns import Addresses, Answer, Status, is_ip, is_public, name_text, plain_address
 
 MAX_TARGETS = 10  # addresses of one attempt
 MAX_EXCHANGERS = 50  # MX records looked at
@@ -111,7 +111,7 @@ class NextHops:
         """Public addresses of a host that we fetch something from, since others name it (RFC 8461); none where DNS has none."""
         found = self._resolver.addresses(host)
         return [address for address in self._order(found)
-                if not self._fault(address) and (self._allow_loopback or plain_address(address).is_global)]
+                if not self._fault(address) and (self._allow_loopback or is_public(address))]
 
     def failed(self, target: Target) -> None:
         """Notes that an address gave no connection."""

@@ -71,6 +71,11 @@ class Address:
         return local
 
     @property
+    def key(self) -> str:
+        """The form to compare by without regard to case."""
+        return f"{self.mailbox.lower()}@{self.host}"
+
+    @property
     def is_literal(self) -> bool:
         """True for user@[192.0.2.1]."""
         return self.domain.startswith("[")

@@ -1,11 +1,11 @@
-"""Trace fields: Received (RFC 5321 section 4.4, RFC 3848), Authentication-Results (RFC 8601); and which are forged."""
+"""Trace fields: Received (RFC 5321 section 4.4, RFC 3848), Authentication-Results (RFC 8601), and which are forged; Delivered-To (RFC 9228)."""
 
 from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
 
-from gmta.mail.address import domain_key
+from gmta.mail.address import Address, AddressError, domain_key
 from gmta.mail.message import Message
 from gmta.mail.session import AuthResult, Session, Transaction
 
@@ -114,3 +114,16 @@ def _authserv_id(value: bytes) -> str:
         return ""
     quoted, token = match.groups()
     return (re.sub(rb"\\(.)", rb"\1", quoted) if quoted is not None else token).decode("utf-8", "surrogateescape")
+
+
+def delivered_to(message: Message) -> frozenset[str]:
+    """The addresses that the message says it was delivered to (RFC 9228), by their `key`: one that comes back to them is in a loop."""
+    if b"delivered-to" not in message.header.lower():
+        return frozenset()
+    found = set()
+    for value in message.values("Delivered-To"):
+        try:
+            found.add(Address.parse(value.strip().decode("utf-8", "surrogateescape").removeprefix("<").removesuffix(">")).key)
+        except AddressError:
+            continue
+    return frozenset(found)

@@ -20,13 +20,8 @@ def name_key(name: str) -> str:
     """The form to compare a listed name by: `local@host` or `local`, lower case; raises ValueError."""
     name = name.strip()
     if "@" in name:
-        return address_key(Address.parse(name))
+        return Address.parse(name).key
     return _local(name).lower()
-
-
-def address_key(address: Address) -> str:
-    """The form to compare an address by, without regard to case."""
-    return f"{address.mailbox.lower()}@{address.host}"
 
 
 def parse_aliases(text: str, source: str, directory: Path | None = None) -> dict[str, list[str]]:

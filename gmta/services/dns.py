@@ -56,6 +56,8 @@ RESOLV_CONF = "/etc/resolv.conf"
 _DOTS = re.compile("[.\u3002\uff0e\uff61]")  # RFC 3490 section 3.1
 _IPV4 = re.compile(r"[0-9]+(\.[0-9]+){3}\Z")
 _HOST = re.compile(r"[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?\Z")
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # RFC 4291 section 2.4: all that is given out
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052 section 2.1: an IPv4 address in the last 32 bits
 _WITHOUT_QUESTION = frozenset({dns.rcode.FORMERR, dns.rcode.NOTIMP, dns.rcode.SERVFAIL, dns.rcode.REFUSED})
 _NO_EDNS = frozenset({dns.rcode.FORMERR, dns.rcode.NOTIMP, dns.rcode.BADVERS})
 
@@ -158,6 +160,22 @@ def plain_address(ip: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
         return address.ipv4_mapped
     return address
+
+
+def is_public(text: str) -> bool:
+    """Whether an address is one of the internet's: not private, loopback, link-local, shared (CGNAT), multicast or reserved, nor a
+    disguise of such an IPv4 address (mapped, 6to4, Teredo, NAT64)."""
+    try:
+        ip = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return False
+    if "%" in text or not ip.is_global or ip.is_multicast:
+        return False
+    if isinstance(ip, ipaddress.IPv4Address):
+        return not ip.is_reserved
+    if ip in _NAT64:
+        return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+    return ip in _UNICAST and all(is_public(str(one)) for one in (ip.sixtofour, *(ip.teredo or ())) if one is not None)
 
 
 def is_ip(text: str) -> bool:

@@ -30,7 +30,7 @@ import urllib3
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProtocolError
 from urllib3.exceptions import SSLError as TlsError
 
-from gmta.services.dns import Resolver, Status
+from gmta.services.dns import Resolver, Status, is_public
 from gmta.services.tls import client_context
 
 PREFIX = "whsec_"
@@ -43,8 +43,6 @@ USER_AGENT = "gmta"
 
 _ID = re.compile(r"[!-~]+\Z")
 _SECONDS = re.compile(r"[0-9]{1,15}\Z")
-_UNICAST = ipaddress.IPv6Network("2000::/3")  # RFC 4291 section 2.4: all that is given out
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052 section 2.1: an IPv4 address in the last 32 bits
 
 
 class PostFailed(Exception):
@@ -150,22 +148,6 @@ def _key(text: str) -> bytes:
     if not text.startswith(PREFIX) or not 16 <= len(key) <= 128:
         raise ValueError(f"secret: expected {PREFIX} and 24 to 64 octets in base64")
     return key
-
-
-def is_public(text: str) -> bool:
-    """Whether an address is one of the internet's: not private, loopback, link-local, shared (CGNAT), multicast or reserved, nor a
-    disguise of such an IPv4 address (mapped, 6to4, Teredo, NAT64)."""
-    try:
-        ip = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return False
-    if "%" in text or not ip.is_global or ip.is_multicast:
-        return False
-    if isinstance(ip, ipaddress.IPv4Address):
-        return not ip.is_reserved
-    if ip in _NAT64:
-        return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-    return ip in _UNICAST and all(is_public(str(one)) for one in (ip.sixtofour, *(ip.teredo or ())) if one is not None)
 
 
 class Endpoint:

@@ -40,8 +40,8 @@ def test_by_preference_and_the_families_in_turn() -> None:
 
 
 def test_the_web_is_fetched_from_public_addresses_only() -> None:
-    inside = ["10.0.0.1", "100.64.0.1", "127.0.0.1", "169.254.169.254", "192.168.1.1", "8.8.8.8"]
-    found = hops({"w.example": {"A": inside, "AAAA": ["::1", "fd00::1", "::ffff:10.0.0.1", "2606:4700::1"]}})
+    inside = ["10.0.0.1", "100.64.0.1", "127.0.0.1", "169.254.169.254", "192.168.1.1", "224.0.0.1", "8.8.8.8"]
+    found = hops({"w.example": {"A": inside, "AAAA": ["::1", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "2606:4700::1"]}})
     assert sorted(found.web_addresses("w.example")) == ["2606:4700::1", "8.8.8.8"] and found.web_addresses("none.example") == []
 
 

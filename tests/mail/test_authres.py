@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gmta.mail.message import Message
 from gmta.mail.session import AuthResult
-from gmta.mail.trace import authentication_results, drop_forged
+from gmta.mail.trace import authentication_results, delivered_to, drop_forged
 
 TOKEN = r"[!#$%&'*+\-.0-9A-Z^_`a-z{|}~]+"  # RFC 2045 section 5.1
 VALUE = rf'(?:{TOKEN}|"(?:[ !#-\[\]-~]|\\[ -~])*")'
@@ -81,3 +81,9 @@ def test_foreign_stays(field: str) -> None:
     message = Message.from_bytes(raw)
     drop_forged(message, "mx.example.test")
     assert b"".join(message.chunks()) == raw
+
+
+def test_where_a_message_says_it_was_delivered() -> None:
+    header = (b'Delivered-To: Joe@EXAMPLE.test\r\ndelivered-to:\r\n <"j o e"@b\xc3\xbccher.example>\r\nDelivered-To: no address\r\n'
+              b"Delivered-To: \xff\r\nX-Delivered-To: ann@example.test\r\n")
+    assert delivered_to(Message.from_bytes(header + b"\r\nDelivered-To: ben@example.test\r\n")) == {"joe@example.test", "j o e@xn--bcher-kva.example"}

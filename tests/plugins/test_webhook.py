@@ -23,7 +23,8 @@ from urllib3.exceptions import ProtocolError
 from gmta import Delivery
 from gmta.mail.message import Message
 from gmta.mail.verdict import Kind, Outcome, Status, deferred, delivered
-from gmta.services.webhooks import Secrets, is_public, split_url
+from gmta.services.dns import is_public
+from gmta.services.webhooks import Secrets, split_url
 from gmta.testing.authority import Authority
 from gmta.testing.fakes import (
     START_AT,
