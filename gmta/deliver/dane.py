@@ -13,11 +13,10 @@ import datetime
 import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+if TYPE_CHECKING:  # imported where there is a certificate to judge: a worker that meets none starts sooner without
+    from cryptography import x509
 
 TRUST_ANCHOR, END_ENTITY = 2, 3  # RFC 7672 section 3.1: the usages that mean something to SMTP
 CERTIFICATE, PUBLIC_KEY = 0, 1
@@ -66,6 +65,9 @@ def match(chain: Sequence[bytes], records: Sequence[Tlsa], names: Sequence[str],
 
     names: the host's, one of which the certificate must have under a trust anchor.  now: Unix seconds.
     """
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     try:
         certificates = [x509.load_der_x509_certificate(der) for der in chain[:MAX_CHAIN]]
         own = certificates[0]
@@ -85,6 +87,8 @@ def match(chain: Sequence[bytes], records: Sequence[Tlsa], names: Sequence[str],
 
 def _reach_anchor(certificates: Sequence[x509.Certificate], records: Sequence[Tlsa], now: float) -> None:
     """Follows the chain up to a trust anchor; raises Mismatch."""
+    from cryptography import x509
+
     moment = datetime.datetime.fromtimestamp(now, datetime.UTC)
     beyond = [x509.load_der_x509_certificate(record.data) for record in records
               if record.matching == EXACT and record.selector == CERTIFICATE]  # RFC 7671 section 5.2.2: may be left out of the chain
@@ -105,6 +109,9 @@ def _reach_anchor(certificates: Sequence[x509.Certificate], records: Sequence[Tl
 
 def _issued(certificate: x509.Certificate, issuer: x509.Certificate, below: int) -> bool:
     """Whether `issuer` may have signed it, and has. below: certificates under it that are authorities themselves."""
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+
     if certificate.issuer != issuer.subject:
         return False
     try:
@@ -127,6 +134,8 @@ def _issued(certificate: x509.Certificate, issuer: x509.Certificate, below: int)
 
 def _is(record: Tlsa, certificate: x509.Certificate) -> bool:
     """Whether a record speaks of this certificate or its key (RFC 6698 section 2.1)."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
     if record.selector == CERTIFICATE:
         data = certificate.public_bytes(Encoding.DER)
     else:
@@ -140,6 +149,8 @@ def _is(record: Tlsa, certificate: x509.Certificate) -> bool:
 
 def dns_names(certificate: x509.Certificate) -> list[str]:
     """The DNS names of a certificate: the subject alternative names, else the common name (RFC 7672 section 3.2.3)."""
+    from cryptography import x509
+
     try:
         return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
     except x509.ExtensionNotFound:

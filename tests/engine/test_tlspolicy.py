@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -103,6 +105,11 @@ def test_records_that_mean_nothing_are_sorted_out(chains: Chains) -> None:
 def test_certificates_that_can_not_be_read_match_nothing(chain: list[bytes]) -> None:
     with pytest.raises(dane.Mismatch):
         dane.match(chain, (dane.Tlsa(3, 1, 1, b"x" * 32), dane.Tlsa(2, 0, 0, b"y")), ("x",), 0.0)
+
+
+def test_a_worker_that_judges_no_certificate_does_without_x509() -> None:
+    code = "import sys, gmta.worker, gmta_plugins.relay; sys.exit('cryptography.x509' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(("presented", "wanted", "covered"), [
