@@ -9,8 +9,10 @@ files again; a snapshot holds secrets, so it belongs in a pipe, not on disk. Imp
 
 from __future__ import annotations
 
+import base64
 import difflib
 import glob
+import importlib.util
 import ipaddress
 import json
 import os
@@ -29,6 +31,7 @@ from gmta.mail.reply import Reply
 FILES = ("config.ini", "/etc/gmta/config.ini")  # where `load` looks without a path, after $GMTA_CONFIG
 TRANSPORT_KEYS = ("type", "concurrency", "rate")  # what the core reads in [transport:NAME]
 TARGETS = ("fail", "hold", "discard")  # route targets that are no transport
+ACME = ":acme"  # in place of a listener's name, which has no colon: the sockets of [acme] address
 
 _ENV = re.compile(r"\$(\$)?\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(?:I?B)?)", re.I)
@@ -104,6 +107,32 @@ def _domain(value: str) -> str:
     except AddressError as error:
         raise ValueError(f"a domain ({error})") from error
     return domain_key(value)
+
+
+def _host(value: str) -> str:
+    """A host's name, in the form that domains compare by."""
+    if value.startswith("["):
+        raise ValueError("a host name, not an address")
+    return _domain(value)
+
+
+def _https(value: str) -> str:
+    """A URL that certificates protect."""
+    if re.fullmatch(r"https://[!-~]+", value) is None:
+        raise ValueError("a URL that begins with https://")  # RFC 8555 section 6.1
+    return value
+
+
+def _base64url(value: str) -> str:
+    """Octets as base64url without padding, as authorities hand their keys out (RFC 8555 section 7.3.4)."""
+    value = value.rstrip("=")
+    try:
+        if re.fullmatch(r"[A-Za-z0-9_-]*", value) is None:
+            raise ValueError(value)
+        base64.urlsafe_b64decode(value + "=" * (-len(value) % 4))
+    except ValueError:
+        raise ValueError("a key in base64url, as the authority gave it") from None
+    return value
 
 
 def _mailbox(value: str) -> str:
@@ -482,6 +511,21 @@ class Tls(CoreSection):
     minimum_version: Literal["1.2", "1.3"] = "1.2"
 
 
+class Acme(CoreSection):
+    """[acme]: certificates obtained and renewed by ACME (RFC 8555) for [tls] and each [tls:NAME] that name none."""
+
+    terms_agreed: bool = Field(False, description="yes: you agree to the authority's terms of service, and certificates are asked for")
+    directory: Annotated[str, AfterValidator(_https)] = Field("https://acme-v02.api.letsencrypt.org/directory", description="the authority's URL")
+    contact: Annotated[str, AfterValidator(_mailbox)] = Field("", description="address that the authority may write to")
+    names: list[Annotated[str, AfterValidator(_host)]] = Field([], description="in the certificate of [tls]; default: [gmta] hostname")
+    challenge: Literal["http-01", "tls-alpn-01"] = Field("http-01", description="how the authority sees that the names are ours")
+    addresses: list[HostPort] = Field([], alias="address", description="where it looks; default: *:80 for http-01, *:443 for tls-alpn-01")
+    keep_key: bool = Field(False, description="renewals keep the certificate's key, for TLSA records of it")
+    eab_key_id: str = Field("", description="external account binding: the key's name")
+    eab_secret: Annotated[str, AfterValidator(_base64url)] = Field("", description="external account binding: the key")
+    ca_file: ExistingFile = Field("", description="PEM: authorities of the directory's own certificate; default: well-known ones")
+
+
 class Domains(CoreSection):
     """[domains]"""
 
@@ -617,6 +661,7 @@ class TlsReports(CoreSection):
     send: bool = Field(False, description="send reports to domains that ask for them")
     sender: Annotated[str, AfterValidator(_mailbox)] = Field("", description="From of the reports; default: postmaster at [gmta] hostname")
     organization: str = Field("", description="who reports; default: [gmta] hostname")
+    allow_private: bool = Field(False, description="post reports to https addresses that are not the internet's")
 
 
 class MetricsSection(CoreSection):
@@ -644,7 +689,7 @@ class TransportSection(BaseModel):
 
 
 _CORE: dict[str, type[CoreSection]] = {
-    "gmta": Gmta, "tls": Tls, "domains": Domains, "limits": Limits, "queue": Queue, "plugins": Plugins, "dns": Dns,
+    "gmta": Gmta, "tls": Tls, "acme": Acme, "domains": Domains, "limits": Limits, "queue": Queue, "plugins": Plugins, "dns": Dns,
     "tlsrpt": TlsReports, "metrics": MetricsSection,
 }
 _TABLES = ("route", "tls_policy", "senders")  # sections whose keys are domains and the like
@@ -655,18 +700,19 @@ _NAMED = ("listener", "plugin", "transport", "tls", "lane", "queue")
 class Config:
     """The whole configuration, checked.
 
-    file, base: the file and its folder.  gmta, tls, domains, limits, queue, plugins, dns, tlsrpt, metrics: the sections.
-    listeners: name -> Listener.  tls_names: server name -> Tls.  lanes: name -> LaneSection, in the order of the file.
+    file, base: the file and its folder.  gmta, tls, acme, domains, limits, queue, plugins, dns, tlsrpt, metrics: the sections.
+    listeners: name -> Listener.  tls_names: server name -> Tls.  obtained: certificate file -> names that [acme] gets it for.  lanes: name -> LaneSection, in the order of the file.
     queue_domains: domain or .domain -> QueueDomain.  plugin, transports: name -> Section (text).
     route: address, domain, .subdomain, local or *, or from: and a sender's address or domain -> transport, fail, hold or discard.
     tls_policy: domain, .subdomain or * -> what TLS with it must be.
     """
 
-    __slots__ = ("base", "dns", "domains", "file", "gmta", "lanes", "limits", "listeners", "look", "metrics", "plugin",
+    __slots__ = ("acme", "base", "dns", "domains", "file", "gmta", "lanes", "limits", "listeners", "look", "metrics", "obtained", "plugin",
                  "plugins", "queue", "queue_domains", "route", "sections", "tls", "tls_names", "tls_policy", "tlsrpt", "transports")
 
     gmta: Gmta
     tls: Tls
+    acme: Acme
     domains: Domains
     limits: Limits
     queue: Queue
@@ -682,6 +728,7 @@ class Config:
         self.sections = sections
         self.listeners: dict[str, Listener] = {}
         self.tls_names: dict[str, Tls] = {}
+        self.obtained: dict[str, tuple[str, ...]] = {}
         self.lanes: dict[str, LaneSection] = {}
         self.queue_domains: dict[str, QueueDomain] = {}
         self.plugin: dict[str, Section] = {}
@@ -699,6 +746,8 @@ class Config:
         for name, section in sections.items():
             if name not in _CORE and name not in _TABLES:
                 errors += self._named(section)
+        if not errors:
+            errors += self._certificates(sections)
         errors += self._routes(sections.get("route"))
         errors += self._listeners(sections)
         self.tls_policy, wrong = _tls_policy(sections.get("tls_policy"))
@@ -761,6 +810,42 @@ class Config:
         except AddressError as error:
             return [f"{section.where()}: expected a domain behind the colon ({error})"]
         return []
+
+    def _certificates(self, sections: dict[str, Section]) -> list[str]:
+        """Has [acme] obtain the certificates that [tls] and [tls:NAME] do not name; returns errors."""
+        acme = self.acme
+        section = sections.get("acme") or Section("acme", self.file)
+        bare = [(where, domain_key(name.removeprefix("tls:"))) for name, where in sections.items()
+                if name.startswith("tls:") and not where.get("certificate")]
+        if not acme.terms_agreed:
+            errors = [f"{where.where()}: expected a certificate, or [acme] to obtain one" for where, _ in bare]
+            if section and "terms_agreed" not in section:
+                errors.append(f"{section.where()}: expected terms_agreed = yes, once you have read the terms of {acme.directory}")
+            return errors
+        errors = []
+        wanted = [where for where, _ in bare]
+        own = tuple(dict.fromkeys(acme.names or [self.gmta.hostname]))
+        if not self.tls.certificate:
+            wanted.append(sections.get("tls") or Section("tls"))
+            self.tls = self._obtained(self.tls, own)
+        for _, name in bare:
+            self.tls_names[name] = self._obtained(self.tls_names[name], own if name in own and own in self.obtained.values() else (name,))
+        errors += [f"{where.where('key')}: expected a certificate with it, since [acme] brings a key of its own" for where in wanted if where.get("key")]
+        if not wanted:
+            errors.append(f"{section.where('terms_agreed')}: expected [tls] or a [tls:NAME] without a certificate, since nothing is to be obtained")
+        if bool(acme.eab_key_id) != bool(acme.eab_secret):
+            errors.append(f"{section.where('eab_key_id' if acme.eab_key_id else 'eab_secret')}: expected both eab_key_id and eab_secret, or none")
+        if self.look and importlib.util.find_spec("acme") is None:
+            errors.append(f"{section.where('terms_agreed')}: expected the Python package acme to be installed: pip install 'gmta[acme]'")
+        if not acme.addresses:
+            self.acme = acme.model_copy(update={"addresses": [("0.0.0.0", 80 if acme.challenge == "http-01" else 443)]})
+        return errors
+
+    def _obtained(self, tls: Tls, names: tuple[str, ...]) -> Tls:
+        """The section with the file that [acme] keeps for these names, key and certificate together."""
+        file = os.path.join(self.gmta.data_dir, "acme", f"{names[0]}.pem")
+        self.obtained[file] = names
+        return tls.model_copy(update={"certificate": file})
 
     def _listeners(self, sections: dict[str, Section]) -> list[str]:
         """What can't be served: TLS that must be, without a certificate."""

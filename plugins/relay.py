@@ -24,8 +24,8 @@ from gmta.config import ExistingFile
 from gmta.deliver.client import ConnectionFailed, Pool, Settings, SmtpClient, TlsFailed
 from gmta.deliver.mtasts import HttpsFetch, MtaSts
 from gmta.deliver.nexthop import NextHops, NoTargets, Target
-from gmta.deliver.tlspolicy import Contexts, DomainPolicy, TlsPolicies, TlsRule, Unusable, Validation
-from gmta.deliver.tlsrpt import TlsReports, leave_in_maildrop
+from gmta.deliver.tlspolicy import Contexts, DomainPolicy, TlsPolicies, TlsRule, Unusable, Validation, is_optional
+from gmta.deliver.tlsrpt import TlsReports, leave_in_maildrop, over_https
 from gmta.hookspecs import Duration
 from gmta.mail.address import Address
 from gmta.mail.verdict import Status
@@ -122,8 +122,9 @@ class Relay:
         if self._hosts or not core.tlsrpt.send:
             return None
         services = self._services
+        post = over_https(services.resolver, services.clock, allow_private=core.tlsrpt.allow_private, ca_file=self._config.ca_file)
         return TlsReports(core.tlsrpt, services.hostname, services.resolver, services.state, services.log, services.clock,
-                          leave_in_maildrop(core.gmta.data_dir, services.clock), services.spawn)
+                          leave_in_maildrop(core.gmta.data_dir, services.clock), post, services.spawn)
 
     def next_hop(self, address: Address) -> str:
         """The lane: one for smart hosts, one a domain for MX."""
@@ -210,14 +211,20 @@ class Relay:
         """A connection, with TLS by the strictest rule first that may be had otherwise; raises ConnectionFailed, Unusable."""
         config, services, hops = self._config, self._services, self._hops
         policy = self._policies.of_domain(target.name if self._hosts else delivery.next_hop)
+        strict = delivery.envelope.facts.get("requiretls")
+        optional = not strict and is_optional(delivery.message)  # RFC 8689 section 4.1: REQUIRETLS goes before it
         try:
-            strict = delivery.envelope.facts.get("requiretls")
-            rule = self._policies.strict_rule(policy, target) if strict else self._policies.rule(policy, target)
+            if strict:
+                rule = self._policies.strict_rule(policy, target)
+            elif optional:
+                rule = self._policies.optional_rule(policy, target)
+            else:
+                rule = self._policies.rule(policy, target)
         except Unusable as unusable:
             if unusable.result:
                 self._note(policy, unusable.rule, target, unusable.result, str(unusable))
             raise
-        strictest = rule
+        counted = None if optional else rule  # RFC 8460 section 3: the session of a report is in no report
         while True:
             client = SmtpClient(self._settings, target.address, target.port, services.deadlines, name=target.name, rule=rule,
                                 contexts=self._contexts, clock=services.clock,
@@ -226,7 +233,7 @@ class Relay:
                 client.connect(min(HURRY_S, config.connect_timeout) if hurry else None)
             except TlsFailed as failure:
                 reason = failure.outcome.reply.text
-                if rule is strictest:
+                if rule is counted:
                     self._note(policy, rule, target, failure.result, reason, client.source)
                 if rule.otherwise is None:
                     raise
@@ -238,7 +245,8 @@ class Relay:
                 raise
             else:
                 hops.answered(target)
-                if rule is strictest and rule.level != "none":
+                client.single = optional  # others want more of a connection
+                if rule is counted and rule.level != "none":
                     result, reason = client.trouble or (rule.noted, "the host is none of the policy's" if rule.noted else "")
                     self._note(policy, rule, target, result, reason, client.source)
                 return client

@@ -122,6 +122,7 @@ class SmtpClient:
         self.deferred: tuple[str, ...] = ()  # queue ids of messages that it was not to have yet
         self.sender_deferred = False  # the last MAIL was answered by 4xx
         self.used_at = 0.0
+        self.single = False  # for one message only: not to be kept
         self.usable = False
         self.tls = ""  # facts of the session, for the log
         self.verified = False  # the certificate was judged, and is right
@@ -676,7 +677,7 @@ class Pool:
         """Takes a connection back."""
         if not client.usable:
             return
-        if self._idle_timeout_s <= 0:
+        if self._idle_timeout_s <= 0 or client.single:
             client.quit()
             return
         client.used_at = self._clock()

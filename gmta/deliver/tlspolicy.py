@@ -20,6 +20,7 @@ from gmta.config import TlsDemand
 from gmta.deliver import dane
 from gmta.deliver.mtasts import MtaSts, Policy
 from gmta.deliver.nexthop import Target
+from gmta.mail.message import Message
 from gmta.mail.verdict import Outcome, deferred, failed
 from gmta.services.dns import Status
 from gmta.services.tls import client_context
@@ -133,6 +134,11 @@ def judge(rule: TlsRule, tls_socket: Any, now: float) -> str:
     return ""
 
 
+def is_optional(message: Message) -> bool:
+    """Whether a message says `TLS-Required: No` (RFC 8689 section 3)."""
+    return [value.strip().lower() for value in message.values("TLS-Required")] == [b"no"]
+
+
 def _chain(tls_socket: Any) -> list[bytes]:
     """The certificates that the host showed, its own first."""
     shown = tls_socket._sslobj.get_unverified_chain() or ()  # its public name came with Python 3.13
@@ -221,6 +227,10 @@ class TlsPolicies:
         if rule.level == "verify":
             return replace(rule, otherwise=None)
         return TlsRule("verify", (target.name,), (), rule.server_name, rule.source)
+
+    def optional_rule(self, policy: DomainPolicy, target: Target) -> TlsRule:
+        """The rule for a message with `TLS-Required: No`: what the recipient's domain asks for does not hold (RFC 8689 section 4.2.2)."""
+        return self._base_rule(policy, target, "" if target.name == target.address else target.name)
 
     def _base_rule(self, policy: DomainPolicy, target: Target, server_name: str) -> TlsRule:
         """What configuration alone asks for."""

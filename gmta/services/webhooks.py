@@ -187,11 +187,12 @@ class Endpoint:
 
     def headers(self, id: str, content_type: str, body: Body, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """All headers of a request made now; raises OSError where the body can't be read."""
-        timestamp = int(self._clock())
-        headers = {**self._headers, "Content-Type": content_type, "Content-Length": str(body.length), "webhook-id": id,
-                   "webhook-timestamp": str(timestamp)}
-        if self._secrets:
-            headers["webhook-signature"] = self._secrets.sign(id, timestamp, body.pieces())
+        headers = {**self._headers, "Content-Type": content_type, "Content-Length": str(body.length)}
+        if id:
+            timestamp = int(self._clock())
+            headers |= {"webhook-id": id, "webhook-timestamp": str(timestamp)}
+            if self._secrets:
+                headers["webhook-signature"] = self._secrets.sign(id, timestamp, body.pieces())
         if extra:
             headers.update(extra)
         return headers
@@ -200,7 +201,7 @@ class Endpoint:
              again: Mapping[str, str] | None = None, heavy: Callable[[Callable[[], Any]], Any] | None = None) -> Answer:
         """Sends a request and reads the answer; raises PostFailed, OSError where the body can't be read.
 
-        id: the same for every try.  extra: further headers.  again: headers that mark a second try, where a kept connection broke
+        id: the same for every try; "": no webhook, the headers of the scheme are left out.  extra: further headers.  again: headers that mark a second try, where a kept connection broke
         and nobody knows whether the first one got through.  heavy: runs the signing of a large body outside the loop.
         """
         limit = gevent.Timeout(self._request_s)

@@ -6,6 +6,10 @@ import email
 import email.policy
 import gzip
 import json
+import ssl
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +21,13 @@ from gmta.deliver import dane
 from gmta.deliver.mtasts import Policy
 from gmta.deliver.nexthop import Target
 from gmta.deliver.tlspolicy import DomainPolicy, TlsRule
-from gmta.deliver.tlsrpt import DAY_S, SPREAD_S, TlsReports, leave_in_maildrop
+from gmta.deliver.tlsrpt import DAY_S, LOOK_S, SPREAD_S, TlsReports, leave_in_maildrop, over_https
 from gmta.mail.address import Address
 from gmta.queue import maildrop
 from gmta.services.state import MemoryState
+from gmta.services.webhooks import PostFailed
 from gmta.testing import FakeClock, MemoryLog, make_config
+from gmta.testing.authority import Authority
 from gmta.testing.zone import Zone
 
 TARGET = Target("mx.example.org", "192.0.2.1", 25)
@@ -39,16 +45,25 @@ class World:
         self.state = MemoryState(self.clock)
         self.sent: list[tuple[Address, list[Address], bytes]] = []
         self.failing = False
+        self.posted: list[tuple[str, str, bytes]] = []
+        self.status: int | PostFailed = 201
         self.keys = SimpleNamespace(**{"sender": "", "organization": "", **keys})
         self.workers = [self.worker() for _ in range(2)]
 
     def worker(self) -> TlsReports:
-        return TlsReports(self.keys, "mx.example.test", self.zone, self.state, self.log, self.clock, self.submit, lambda function: None)
+        return TlsReports(self.keys, "mx.example.test", self.zone, self.state, self.log, self.clock, self.submit, self.post,
+                          lambda function: None)
 
     def submit(self, sender: Address, recipients: list[Address], octets: bytes) -> None:
         if self.failing:
             raise OSError("no room")
         self.sent.append((sender, recipients, octets))
+
+    def post(self, url: str, content_type: str, octets: bytes) -> int:
+        self.posted.append((url, content_type, octets))
+        if isinstance(self.status, PostFailed):
+            raise self.status
+        return self.status
 
     def note(self, result: str = "", *, rule: TlsRule | None = None, sts: Policy | None = None, domain: str = "example.org", **facts: str) -> None:
         for worker in self.workers:
@@ -79,6 +94,7 @@ def test_a_report_as_it_is_mailed() -> None:
     assert not message.defects and message.get_content_type() == "multipart/report" and message.get_param("report-type") == "tlsrpt"
     assert message["From"] == 'Ex ample GmbH <tls-reports@example.test>' and message["TLS-Report-Domain"] == "example.org"
     assert message["TLS-Report-Submitter"] == "mx.example.test" and message["Auto-Submitted"]
+    assert message["TLS-Required"] == "No"
     assert message["Subject"] == "Report Domain: example.org Submitter: mx.example.test Report-ID: <2026-01-05.example.org@mx.example.test>"
     text, report = message.iter_parts()
     assert "mail hosts of example.org" in text.get_content()
@@ -141,6 +157,7 @@ def test_what_could_not_be_left_is_left_later() -> None:
     world.failing = True
     world.send_due()
     world.failing = False
+    world.clock.advance(LOOK_S)
     assert world.log.of("tls report can't be sent") and not world.sent
     world.send_due()
     assert len(world.sent) == 1
@@ -154,24 +171,109 @@ def test_a_report_waits_where_dns_can_not_tell_who_gets_it() -> None:
         worker._resolver = Zone({"_smtp._tls.example.org": {"rcode": "SERVFAIL"}})
     world.send_due()
     assert not world.sent
-    world.workers[1]._resolver = world.zone
+    for worker in world.workers:
+        worker._resolver = world.zone
+    world.clock.advance(LOOK_S)
     world.send_due()
     world.send_due()
     assert len(world.sent) == 1
 
 
-@pytest.mark.parametrize(("record", "addresses"), [
-    ("v=TLSRPTv1; rua=mailto:a@b.example,https://c.example/x , mailto:d%2Be@f.example?subject=x", ["a@b.example", "d+e@f.example"]),
-    ("v=TLSRPTv1;rua=MAILTO:a@b.example;x=y", ["a@b.example"]), ("v=TLSRPTv1; rua=https://c.example/x", []), ("v=TLSRPTv2; rua=mailto:a@b.example", []),
-    ("v=TLSRPTv1", []), ("v=TLSRPTv1; rua=mailto:nobody", []), ("rua=mailto:a@b.example", [])])
-def test_only_who_asks_is_counted(record: str, addresses: list[str]) -> None:
+@pytest.mark.parametrize(("record", "addresses", "urls"), [
+    ("v=TLSRPTv1; rua=mailto:a@b.example,https://c.example/x , mailto:d%2Be@f.example?subject=x", ["a@b.example", "d+e@f.example"], ["https://c.example/x"]),
+    ("v=TLSRPTv1;rua=MAILTO:a@b.example;x=y", ["a@b.example"], []), ("v=TLSRPTv1; rua=HTTPS://c.example/x?y=z;", [], ["HTTPS://c.example/x?y=z"]),
+    ("v=TLSRPTv1 ;\tx=mailto:x@b.example ; rua=mailto:a@b.example", ["a@b.example"], []),
+    ("v=TLSRPTv2; rua=mailto:a@b.example", [], []), ("v=TLSRPTv10; rua=mailto:a@b.example", [], []),
+    ("v=TLSRPTv1", [], []), ("v=TLSRPTv1; rua=mailto:nobody", [], []), ("rua=mailto:a@b.example", [], []),
+    ("v=TLSRPTv1; rua=http://c.example/,https://me:secret@c.example/,https://,https://c.example:x/", [], [])])
+def test_only_who_asks_is_counted(record: str, addresses: list[str], urls: list[str]) -> None:
     world = World(record)
     world.note()
     world.note(domain="other.example")
-    assert bool(world.state.scan("tlsrpt:")) == bool(addresses)
+    assert bool(world.state.scan("tlsrpt:")) == bool(addresses or urls)
     world.clock.advance(DAY_S + SPREAD_S)
     world.send_due()
     assert [[str(one) for one in recipients] for _, recipients, _ in world.sent] == ([addresses] if addresses else [])
+    assert [url for url, _, _ in world.posted] == urls
+
+
+BOTH = "v=TLSRPTv1; rua=mailto:a@b.example,https://c.example/x"
+
+
+def test_a_report_as_it_is_posted() -> None:
+    world = World(BOTH)
+    world.note()
+    world.clock.advance(DAY_S + SPREAD_S)
+    world.send_due()
+    world.send_due()
+    (url, content_type, octets), = world.posted
+    assert (url, content_type) == ("https://c.example/x", "application/tlsrpt+gzip")
+    assert json.loads(gzip.decompress(octets)) == world.report()  # what the mail has, with the same report-id
+
+
+@pytest.mark.parametrize(("status", "again"), [(PostFailed("nobody there"), True), (500, True), (429, True), (302, False), (404, False)])
+def test_what_could_not_be_posted_is_posted_later_and_not_mailed_again(status: int | PostFailed, again: bool) -> None:
+    world = World(BOTH)
+    world.note()
+    world.clock.advance(DAY_S + SPREAD_S)
+    world.status = status
+    world.send_due()
+    world.status = 200
+    world.clock.advance(LOOK_S)
+    world.send_due()
+    world.send_due()
+    assert len(world.posted) == 1 + again and len(world.sent) == 1
+    assert len({octets for _, _, octets in world.posted}) == 1
+    assert len(world.log.of("tls report can't be posted" if isinstance(status, PostFailed) else "tls report refused")) == 1
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[str, str, list[tuple[str, dict[str, str], bytes]]]]:
+    """(authority's file, URL, requests) of an HTTPS server for reports.example; it sends /moved away."""
+    authority, requests = Authority(tmp_path), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            requests.append((self.path, dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(307 if self.path == "/moved" else 201)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        do_GET = do_POST
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*authority.issue("reports.example"))
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    server.handle_error = lambda *_: None  # type: ignore[assignment, method-assign]
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield authority.file, f"https://reports.example:{server.server_port}", requests
+    server.shutdown()
+    server.server_close()
+
+
+def test_over_https(web: tuple[str, str, list[tuple[str, dict[str, str], bytes]]]) -> None:
+    ca_file, url, requests = web
+    zone = Zone({"reports.example": {"A": "127.0.0.1"}, "other.example": {"A": "127.0.0.1"}})
+    post = over_https(zone, FakeClock(), allow_private=True, ca_file=ca_file)
+    assert post(f"{url}/tls?for=example.org", "application/tlsrpt+gzip", b"\x1f\x8b\x00") == 201
+    (path, headers, body), = requests
+    assert (path, headers["Content-Type"], body) == ("/tls?for=example.org", "application/tlsrpt+gzip", b"\x1f\x8b\x00")
+    assert headers["Host"] == url.removeprefix("https://") and not any(name.lower().startswith("webhook") for name in headers)
+    assert post(f"{url}/moved", "text/plain", b"") == 307 and len(requests) == 2  # redirects are not followed
+    for refused, why in ((over_https(zone, FakeClock(), allow_private=False, ca_file=ca_file), "no public address"),
+                         (over_https(zone, FakeClock(), allow_private=True), "certificate verify failed")):
+        with pytest.raises(PostFailed, match=why):
+            refused(f"{url}/x", "text/plain", b"")
+    with pytest.raises(PostFailed, match=r"doesn't match|not valid for"):
+        post(url.replace("reports", "other"), "text/plain", b"")
+    with pytest.raises(PostFailed, match="no public address"):
+        over_https(zone, FakeClock(), allow_private=False)("https://127.0.0.1/x", "text/plain", b"")
+    assert len(requests) == 2
 
 
 def test_two_records_are_none() -> None:

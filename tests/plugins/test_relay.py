@@ -653,6 +653,26 @@ def test_mta_sts(make: Make, host: Host, authority: Authority, mode: str, names:
     assert counted[0]["policy"]["policy-type"] == ("no-policy-found" if mode == "none" else "sts")
 
 
+def test_tls_required_no(make: Make, host: Host, authority: Authority) -> None:
+    """RFC 8689: what the recipient's domain asks for does not hold for such a message, and for it alone; what the postmaster asks for does."""
+    bad = {"TLSA": (3, 1, 1, "00" * 32), "ad": True}
+    raw = b"TLS-Required: No\r\n" + RAW
+    for shown in (authority.issue("other.example"), None):
+        peer = host(tls=shown) if shown is not None else host()
+        records = {f"_{peer.port}._tcp.mx.example.org": bad, "_smtp._tls.c.example": {"TXT": ["v=TLSRPTv1; rua=mailto:tls@c.example"]}}
+        out = relay_to(make, peer, authority, records=records, core="[tlsrpt]\nsend = yes\n")
+        assert statuses(out.send(next_hop="c.example")) == [DEFERRED]
+        counted = out.services.state.scan("tlsrpt")
+        outcome = out.send(next_hop="c.example", raw=raw)[0]
+        assert outcome.status is DELIVERED and outcome.tls.endswith("unverified") is (shown is not None)
+        assert out.services.state.scan("tlsrpt") == counted
+        assert statuses(out.send(next_hop="c.example")) == [DEFERRED]  # its connection is not kept for others
+        assert statuses(out.send(next_hop="c.example", raw=b"TLS-Required: Yes\r\n" + RAW)) == [DEFERRED]
+        assert out.send(next_hop="c.example", raw=raw, facts={"requiretls": True})[0].status is not DELIVERED
+        out = relay_to(make, peer, authority, records=records, core="[tls_policy]\nc.example = verify\n")
+        assert statuses(out.send(next_hop="c.example", raw=raw)) == [DEFERRED]
+
+
 def test_requiretls(make: Make, host: Host, authority: Authority) -> None:
     """RFC 8689: verified TLS with a host that somebody vouches for and that promises the same, or back to the sender."""
     right, wrong = authority.issue("mx.example.org"), authority.issue("other.example")
