@@ -4,8 +4,9 @@ Hooks: permit_auth, get_auth_mechanisms (SCRAM-SHA-256, PLAIN, LOGIN).  Keys: us
 plugin permits gets 535 5.7.8.
 
 The file is read again when it changes. Passwords are hashed in a native thread, a few at a time; where many wait, those come first
-who have logged in from their address before, then who came last, so that a crowd of guessers keeps nobody out. Who does not exist takes as long as who has another password, and a
-password that was right is not hashed again for some minutes. A missing file is no user; the log says so.
+who have logged in from their address before, then addresses with the fewest tries lately, so that a crowd of guessers keeps nobody
+out (gmta/services/turns.py). Who does not exist takes as long as who has another password, and a password that was right is not
+hashed again for some minutes. A missing file is no user; the log says so.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import secrets
 from collections import OrderedDict
 from typing import Any, Literal
 
-from gevent.event import Event
 from pydantic import Field
 
 from gmta import Credentials, PluginConfig, Session, Verdict, accept, hookimpl
 from gmta.config import Path
 from gmta.services.passwords import DEFAULT_FILE, Users, decoy_hash, user_key, verify
+from gmta.services.turns import Turns
 
 AT_A_TIME = 2  # hashes that are on their way to the thread
 LOOK_S = 1.0  # how often the file is looked at
@@ -47,9 +48,7 @@ class Plugin:
         self._looked_at = 0.0
         self._trouble = ""
         self._decoy: str | None = None
-        self._running = 0
-        self._known: list[Event] = []  # who waits, from addresses of users
-        self._waiting: list[Event] = []  # and from others
+        self._turns = Turns(AT_A_TIME, services.clock)
         self._secret = secrets.token_bytes(32)
         self._right: OrderedDict[bytes, float] = OrderedDict()  # keyed hash of user, hash and password -> until when
         self._look()
@@ -89,56 +88,29 @@ class Plugin:
         if credentials.mechanism not in ("PLAIN", "LOGIN"):
             return None
         hashed = self._users.hashed(user)
-        if self._is_right(hashed, user, credentials.secret, f"auth_file:{session.peer_ip} {user}"):
+        if self._is_right(hashed, user, credentials.secret, session.peer_ip):
             credentials.user = user
             return accept()
         return None
 
-    def _is_right(self, hashed: str | None, user: str, secret: str, place: str) -> bool:
-        """Whether the password is the user's. hashed None: there is no such user.  place: key of the shared state, for user and address."""
+    def _is_right(self, hashed: str | None, user: str, secret: str, ip: str) -> bool:
+        """Whether the password is the user's. hashed None: there is no such user.  ip: of the client."""
         now = self._services.clock()
         key = hmac.digest(self._secret, f"{user}\0{hashed}\0{secret}".encode("utf-8", "surrogateescape"), "sha256")
         if hashed is not None and self._right.get(key, 0.0) > now:
             return True
-        state = self._services.state
+        state, place = self._services.state, f"auth_file:{ip} {user}"
         known = bool(state.get(place))
-        right = self._hash(hashed, secret, self._known if known else self._waiting) and hashed is not None
+        with self._turns.turn(ip, known):
+            right = self._services.batch("passwords", max_items=AT_A_TIME).submit(lambda: self._check(hashed, secret)) and hashed is not None
         if right:
+            self._turns.was_right(ip)
             if not known:
                 state.set(place, True, KNOWN_S)
             self._right[key] = now + REMEMBER_S
             if len(self._right) > REMEMBERED:
                 self._right.popitem(last=False)
-        return right
-
-    def _hash(self, hashed: str | None, secret: str, waiting: list[Event]) -> bool:
-        """Checks in the thread, AT_A_TIME; of those who wait, who came last is next. waiting: where to wait."""
-        if self._running >= AT_A_TIME:
-            turn = Event()
-            waiting.append(turn)
-            try:
-                turn.wait()
-            except BaseException:
-                if turn in waiting:
-                    waiting.remove(turn)
-                else:
-                    self._next()  # it was our turn already
-                raise
-        else:
-            self._running += 1
-        try:
-            right: bool = self._services.batch("passwords", max_items=AT_A_TIME).submit(lambda: self._check(hashed, secret))
-        finally:
-            self._next()
-        return right
-
-    def _next(self) -> None:
-        """One is done: its place is the next one's."""
-        waiting = self._known or self._waiting
-        if waiting:
-            waiting.pop().set()
-        else:
-            self._running -= 1
+        return bool(right)
 
     def _check(self, hashed: str | None, secret: str) -> bool:
         """In the thread."""

@@ -17,7 +17,8 @@ import gevent
 from pydantic import Field
 
 from gmta import Credentials, Duration, PluginConfig, Reply, Session, Transaction, Verdict, defer, disconnect, hookimpl
-from gmta.mail.address import client_network, domain_key
+from gmta.mail.address import client_network
+from gmta.services.passwords import user_key
 
 NAME = "auth_guard"
 KNOWN_FACTOR = 5  # how many more failures an address is granted for a user that it belongs to
@@ -64,7 +65,7 @@ class Plugin:
     @hookimpl
     def permit_auth(self, session: Session, credentials: Credentials) -> Verdict | None:
         """A deferral where no more tries are granted; else None, and others decide."""
-        user = _user(credentials.user)
+        user = user_key(credentials.user)
         session.notes[NAME] = _Note(user)
         state, config, address = self._services.state, self._config, client_network(session.peer_ip)
         if state.get(f"auth:known:{address} {user}"):
@@ -103,16 +104,11 @@ class Plugin:
             return None
         note.noted = True
         state, address = self._services.state, client_network(session.peer_ip)
-        state.set(f"auth:known:{address} {_user(session.user or '')}", True, self._config.known_for)
+        for user in {note.user, user_key(session.user or "")} - {""}:  # as it was typed, and as the back end names it
+            state.set(f"auth:known:{address} {user}", True, self._config.known_for)
         state.set(f"auth:friend:{address}", True, self._config.known_for)
         return None
 
     def _wait(self) -> None:
         if self._config.delay:
             gevent.sleep(self._config.delay)
-
-
-def _user(name: str) -> str:
-    """A user's name as it is counted: not to be escaped by another spelling."""
-    local, at, domain = name.strip().lower().rpartition("@")
-    return f"{local}@{domain_key(domain)}" if at else domain

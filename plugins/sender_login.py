@@ -15,8 +15,10 @@ every local domain. Aliases: those of `aliases_file` that lead to the user, over
 On the left a user name, `@domain` for all users of a domain, or `*` for every user; on the right addresses, `@domain`, `@.domain`
 (all below it), or `*`. Names compare without regard to case.
 
-Keys of `[plugin:sender_login]`: `aliases_file` (as in `mailboxes`; read again within a second of a change), `detail_separator = +`,
-`fields = From, Sender`. Reply: 553 5.7.1. RFC 6409 section 6.1, RFC 5322 section 3.6.2.
+What a back end of AUTH says the user may use is the user's too: `session.notes["addresses"]`, (user, addresses) as `auth_ldap` leaves it.
+
+Keys of `[plugin:sender_login]`: `aliases_file` (as in `mailboxes`; read again within a second of a change), `allow_include = no` (whether
+`:include:FILE` is read there), `detail_separator = +`, `fields = From, Sender`. Reply: 553 5.7.1. RFC 6409 section 6.1, RFC 5322 section 3.6.2.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class Config(PluginConfig):
     """Keys of [plugin:sender_login]."""
 
     aliases_file: Path = Field("", description="aliases whose targets may use them")
+    allow_include: bool = Field(False, description="whether aliases may name files with further targets by :include:")
     detail_separator: str = Field("+", max_length=1)
     fields: list[str] = Field(["From", "Sender"], description="header fields that are judged besides the envelope")
 
@@ -114,7 +117,7 @@ class Plugin:
     @hookimpl
     def check_mail(self, session: Session, transaction: Transaction) -> Verdict | None:
         """553 5.7.1 where the envelope sender is somebody else's."""
-        if session.user is None or not transaction.sender or self.may(session.user, transaction.sender):
+        if session.user is None or not transaction.sender or self._permits(session, session.user, transaction.sender):
             return None
         return _refusal("The sender", str(transaction.sender))
 
@@ -130,9 +133,16 @@ class Plugin:
                 except ValueError as error:
                     return reject(f"The {name} field can't be read: {error}"[:300], 553, "5.7.1")
                 for address in addresses:
-                    if not self.may(session.user, address):
+                    if not self._permits(session, session.user, address):
                         return _refusal(f"The {name} address", str(address))
         return None
+
+    def _permits(self, session: Session, user: str, address: Address) -> bool:
+        """Whether the session's user may send as that address, by what is configured or by what the back end said at AUTH."""
+        if self.may(user, address):
+            return True
+        whose, addresses = session.notes.get("addresses") or ("", ())
+        return bool(whose == user and address.key in addresses)
 
     def may(self, user: str, address: Address) -> bool:
         """Whether a user may send as that address."""
@@ -185,7 +195,7 @@ class Plugin:
     def _load(self) -> None:
         """Reads the file; raises OSError or ValueError and then changes nothing."""
         path = FilePath(self._config.aliases_file)
-        self._aliases = parse_aliases(path.read_text(encoding="utf-8"), path.name, path.parent)
+        self._aliases = parse_aliases(path.read_text(encoding="utf-8"), path.name, path.parent if self._config.allow_include else None)
         self._known.clear()
 
     def _refresh(self) -> None:

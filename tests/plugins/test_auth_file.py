@@ -40,9 +40,9 @@ def services() -> Iterator[Any]:
     made.close()
 
 
-def ask(plugin: Any, user: str, secret: str, mechanism: str = "PLAIN") -> tuple[Verdict | None, Credentials]:
+def ask(plugin: Any, user: str, secret: str, mechanism: str = "PLAIN", ip: str = "192.0.2.1") -> tuple[Verdict | None, Credentials]:
     credentials = Credentials(mechanism, user, secret)
-    return plugin.permit_auth(make_session(tls=True), credentials), credentials
+    return plugin.permit_auth(make_session(tls=True, peer_ip=ip), credentials), credentials
 
 
 def test_right_and_wrong(users: Path, services: Any) -> None:
@@ -77,7 +77,7 @@ def test_what_was_right_is_not_hashed_again_for_a_while(users: Path, services: A
     plugin = load_plugin("auth_file", services, users_file=users)
     ask(plugin, "user@example.test", "sécret")
     asked: list[str] = []
-    monkeypatch.setattr(plugin, "_hash", lambda hashed, secret, waiting: bool(asked.append(secret)))
+    monkeypatch.setattr(plugin, "_check", lambda hashed, secret: bool(asked.append(secret)))
     assert ask(plugin, "user@example.test", "sécret")[0] is not None and not asked
     assert ask(plugin, "user@example.test", "wrong")[0] is None and asked == ["wrong"]
     services.clock.advance(3600)
@@ -106,29 +106,10 @@ def test_damaged_lines_are_nobody(users: Path, services: Any) -> None:
     assert services.log.of("lines of the users file can't be read")[0]["lines"] == 2
 
 
-def test_who_is_known_is_served_before(users: Path, services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user who has logged in from an address waits in another line there, even when the password is hashed anew."""
+def test_a_user_is_served_before_guessers(users: Path, services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First who is known at an address, then who tries there for the first time; one that is cut off leaves the others their turns."""
     plugin = load_plugin("auth_file", services, users_file=users)
-    ask(plugin, "user@example.test", "sécret")
-    lines: list[Any] = []
-    monkeypatch.setattr(plugin, "_hash", lambda hashed, secret, waiting: bool(lines.append(waiting)))
-    services.clock.advance(3600)
-    ask(plugin, "user@example.test", "sécret")
-    ask(plugin, "other@example.test", "sécret")
-    assert lines[0] is plugin._known and lines[1] is plugin._waiting
-    monkeypatch.undo()
-    first, second, third = gevent.event.Event(), gevent.event.Event(), gevent.event.Event()
-    plugin._waiting += [first, second]
-    plugin._known.append(third)
-    plugin._next()
-    assert third.is_set() and not first.is_set()
-    plugin._next()
-    assert second.is_set() and not first.is_set()
-
-
-def test_who_comes_last_is_served_first(users: Path, services: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crowd of guessers keeps nobody waiting, and one that is cut off leaves the others their turns."""
-    plugin = load_plugin("auth_file", services, users_file=users)
+    ask(plugin, "user@example.test", "sécret", ip="192.0.2.77")
     order: list[str] = []
 
     class Thread:
@@ -139,15 +120,18 @@ def test_who_comes_last_is_served_first(users: Path, services: Any, monkeypatch:
     gate = gevent.event.Event()
     monkeypatch.setattr(type(services), "batch", lambda *_, **__: Thread())
     monkeypatch.setattr(plugin, "_check", lambda hashed, secret: bool(order.append(secret)))
-    guessers = [gevent.spawn(ask, plugin, "user@example.test", str(number)) for number in range(6)]
-    gevent.sleep(0)
-    guessers[4].kill()
-    last = gevent.spawn(ask, plugin, "user@example.test", "last")
-    gevent.sleep(0)
+    services.clock.advance(3600)
+    asked = [("user@example.test", str(number), "192.0.2.1") for number in range(6)]
+    asked += [("user@example.test", "new", "192.0.2.2"), ("user@example.test", "known", "192.0.2.77"), ("nobody@example.test", "late", "192.0.2.1")]
+    logins = []
+    for user, secret, ip in asked:
+        logins.append(gevent.spawn(lambda user, secret, ip: ask(plugin, user, secret, ip=ip), user, secret, ip))
+        gevent.sleep(0)
+    logins[4].kill()
     gate.set()
-    gevent.joinall([*guessers, last], timeout=5)
-    assert order[:3] == ["0", "1", "last"] or order[:3] == ["0", "last", "1"]
-    assert sorted(order) == ["0", "1", "2", "3", "5", "last"] and plugin._running == 0
+    gevent.joinall(logins, timeout=5)
+    assert [one for one in order if one not in ("0", "1")] == ["known", "new", "2", "3", "5", "late"]
+    assert plugin._turns._free == 2 and not plugin._turns._waiting
 
 
 def test_scram_over_the_whole_server(users: Path) -> None:

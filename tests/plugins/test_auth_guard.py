@@ -126,3 +126,14 @@ HAS: AUTH PLAIN LOGIN
         server.play(log_in + "C: AUTH PLAIN \\{base64 \\0user@example.test\\0secret}\nS: 235\nC: QUIT\nS: 221\n")
     finally:
         server.close()
+
+
+def test_a_user_whom_the_back_end_names_otherwise_is_known_as_typed(guard: Guarded) -> None:
+    said, session = guard.ask("192.0.2.1", "alice")
+    assert said is None
+    session.user = "alice@example.test"
+    guard.plugin.check_mail(session, make_transaction())
+    for number in range(3):
+        guard.fail("192.0.2.1", f"u{number}@example.test")
+    assert guard.ask("192.0.2.1", "alice")[0] is None and guard.ask("192.0.2.1", "alice@example.test")[0] is None
+    assert guard.ask("192.0.2.1", "")[0] is not None

@@ -230,3 +230,23 @@ def test_fields_of_any_octets(value: bytes) -> None:
     except ValueError:
         return
     assert all(Address.parse(str(address)) == address for address in found)
+
+
+def test_what_the_back_end_says() -> None:
+    """Addresses in session.notes count for the user that they were noted for."""
+    made = plugin()
+    session = make_session(role="submission", user="alice@example.test")
+    session.notes["addresses"] = ("alice@example.test", frozenset({"office@foreign.test"}))
+    assert made.check_mail(session, make_transaction(sender="Office@foreign.TEST")) is None
+    assert made.check_mail(session, make_transaction(sender="other@foreign.test")) is not None
+    session.user = "bob@example.test"
+    assert made.check_mail(session, make_transaction(sender="office@foreign.test")) is not None
+
+
+def test_include_is_read_where_it_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "team").write_text("alice\n")
+    (tmp_path / "aliases").write_text("office: :include:team\n")
+    with pytest.raises(ValueError, match="allow_include"):
+        plugin(aliases_file=str(tmp_path / "aliases"))
+    made = plugin(aliases_file=str(tmp_path / "aliases"), allow_include="yes")
+    assert made.may("alice@example.test", Address.parse("office@example.test"))
