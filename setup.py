@@ -27,9 +27,11 @@ setup(
         "click>=8.1", "rich>=13.7", "cryptography>=42", "idna>=3.7", "prometheus-client>=0.20", "argon2-cffi>=23.1", "urllib3>=2.2",
     ],
     extras_require={
+        "postgresql": ["psycopg[binary]>=3.2"],
         "ldap": ["ldap3>=2.9"],
         "test": ["ldap3>=2.9", "pytest>=8", "hypothesis>=6.100", "import-linter>=2", "ruff>=0.6", "mypy>=1.11", "pyyaml>=6",
-                 "dkimpy[ARC,ed25519]>=1.1.8", "jsonschema>=4.20", "standardwebhooks>=1.0"],
+                 "dkimpy[ARC,ed25519]>=1.1.8", "jsonschema>=4.20", "standardwebhooks>=1.0", "acme>=5", "josepy>=2"],
+        "acme": ["acme>=5", "josepy>=2"],
     },
     entry_points={
         "console_scripts": ["gmta = gmta.cli:main", *(f"{name} = gmta.cli.sendmail:main" for name in ("sendmail", "mailq", "newaliases"))],

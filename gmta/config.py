@@ -622,10 +622,21 @@ class QueueDomain(CoreSection):
     warn_after: Duration | None = None
 
 
+def _store(value: str) -> str:
+    """The kind of queue."""
+    if value != "sqlite" and not value.startswith(("postgresql://", "postgres://")):
+        raise ValueError("sqlite or postgresql://…")
+    if value != "sqlite" and importlib.util.find_spec("psycopg") is None:
+        raise ValueError("PostgreSQL needs the package psycopg: pip install gmta[postgresql]")
+    return value
+
+
 class Queue(CoreSection):
     """[queue]"""
 
-    store: str = "sqlite"
+    store: Annotated[str, AfterValidator(_store)] = Field("sqlite", description="sqlite, or postgresql://USER:PASSWORD@HOST:PORT/DATABASE for several machines")
+    node: str = Field("", max_length=63, description="this machine's name among those of one PostgreSQL; default: the host's")
+    lease: Duration = Field("60s", ge=2, description="after so long without a sign of life a node's mail is another's")  # type: ignore[assignment]
     retry: list[Duration] = Field(["5m", "15m", "30m", "1h", "2h", "4h"], min_length=1)  # type: ignore[list-item]
     lifetime: Duration = "5d"  # type: ignore[assignment]
     bounce_lifetime: Duration = "1d"  # type: ignore[assignment]
@@ -746,7 +757,7 @@ class Config:
         for name, section in sections.items():
             if name not in _CORE and name not in _TABLES:
                 errors += self._named(section)
-        if not errors:
+        if all(hasattr(self, name) for name in ("gmta", "tls", "acme")):
             errors += self._certificates(sections)
         errors += self._routes(sections.get("route"))
         errors += self._listeners(sections)
@@ -816,7 +827,7 @@ class Config:
         acme = self.acme
         section = sections.get("acme") or Section("acme", self.file)
         bare = [(where, domain_key(name.removeprefix("tls:"))) for name, where in sections.items()
-                if name.startswith("tls:") and not where.get("certificate")]
+                if name.startswith("tls:") and not where.get("certificate") and domain_key(name.removeprefix("tls:")) in self.tls_names]
         if not acme.terms_agreed:
             errors = [f"{where.where()}: expected a certificate, or [acme] to obtain one" for where, _ in bare]
             if section and "terms_agreed" not in section:

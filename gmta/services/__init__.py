@@ -7,6 +7,7 @@ command line and the supervisor may build one; `batch` and `spawn` bring gevent 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from gmta.services.deadlines import Deadlines
     from gmta.services.log import Log
     from gmta.services.metrics import Metrics
+    from gmta.services.postgres import Database
     from gmta.services.state import State
 
 
 class Services:
     """hostname; log; metrics; clock() in Unix seconds; resolver or None; config; state; spawn(fn, *args); batch(name)."""
 
-    __slots__ = ("_batches", "_deadlines", "_state", "clock", "config", "hostname", "log", "metrics", "resolver")
+    __slots__ = ("_batches", "_database", "_deadlines", "_state", "clock", "config", "hostname", "log", "metrics", "resolver")
 
     def __init__(self, config: Config, log: Log, metrics: Metrics, *, hostname: str | None = None,
                  clock: Callable[[], float] = time.time, resolver: Any = None) -> None:
@@ -34,6 +36,7 @@ class Services:
         self.clock = clock
         self.resolver = resolver
         self._batches: dict[str, Batch] = {}
+        self._database: Database | None = None
         self._deadlines: Deadlines | None = None
         self._state: State | None = None
 
@@ -51,6 +54,21 @@ class Services:
 
             self._deadlines = Deadlines()
         return self._deadlines
+
+    @property
+    def node(self) -> str:
+        """This machine's name among those that share a queue."""
+        return self.config.queue.node or socket.gethostname()
+
+    @property
+    def database(self) -> Database | None:
+        """The PostgreSQL that [queue] store names; None where that is SQLite."""
+        url = self.config.queue.store
+        if self._database is None and url != "sqlite":
+            from gmta.services.postgres import Database
+
+            self._database = Database(url, name=f"gmta {self.node}/{os.getpid()}", log=self.log)
+        return self._database
 
     @property
     def state(self) -> State:
@@ -84,3 +102,6 @@ class Services:
         if self._state is not None:
             self._state.close()
             self._state = None
+        if self._database is not None:
+            self._database.close()
+            self._database = None
