@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import smtplib
 import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,10 @@ access to * by dn.exact="{ADMIN}" read by * none
                                           f"ldap://127.0.0.1:{self.port} ldaps://127.0.0.1:{self.tls_port}"])
         until(lambda: listens(self.port) and listens(self.tls_port), "slapd")
 
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
@@ -242,6 +248,16 @@ request_timeout = 5s
     link.quit()
     link, code = login("wrong")
     assert code == 535
+    slapd.signal(signal.SIGSTOP)  # takes connections and says nothing: 454 at the deadline, and others are served meanwhile
+    hanging = threading.Thread(target=lambda: codes.append(login()[1]))
+    codes: list[int] = []
+    hanging.start()
+    with smtplib.SMTP("127.0.0.1", gmta.port, timeout=DEADLINE_S) as other:
+        other.sendmail("a@example.com", ["one@example.test"], "Subject: x\n\nx\n")
+    assert codes == []
+    hanging.join(DEADLINE_S)
+    assert codes == [454]
+    slapd.signal(signal.SIGCONT)
     slapd.stop()
     assert link.docmd("AUTH PLAIN " + smtplib.encode_base64(b"\0alice@example.test\0x", eol="")) == (454, b"4.7.0 Temporary authentication failure")
     link.close()

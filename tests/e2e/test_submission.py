@@ -1,9 +1,10 @@
-"""Submission as people's clients do it: swaks, curl, smtplib, msmtp, s-nail and gsasl through STARTTLS and implicit TLS; Dovecot as
+"""Submission as people's clients do it: swaks, curl, smtplib, msmtp, s-nail, mutt, nodemailer, Go and gsasl through STARTTLS and implicit TLS; Dovecot as
 back end; haproxy in front; guessers; and nobody relays who may not."""
 
 from __future__ import annotations
 
 import base64
+import json
 import os
 import pwd
 import re
@@ -134,8 +135,94 @@ def by_s_nail(site: Site, to: str, implicit: bool) -> None:
              "-Stls-ca-no-defaults", f"-Sfrom={USER}", "-Snosave", "-s", "s-nail", to, text="Hello\n")
 
 
+def by_mutt(site: Site, to: str, implicit: bool) -> None:
+    (site.gmta.directory / "muttrc").write_text(f"""
+set smtp_url = "{'smtps' if implicit else 'smtp'}://{USER.replace('@', '%40')}@localhost:{site.tls_port if implicit else site.gmta.submission_port}/"
+set smtp_pass = "{SECRET}"
+set ssl_force_tls = yes
+set ssl_ca_certificates_file = {site.authority.file}
+set ssl_usesystemcerts = no
+set from = {USER}
+set copy = no
+set charset = utf-8
+""", encoding="utf-8")
+    for mechanism in ("plain", "scram-sha-256"):
+        site.run("mutt", "-n", "-F", "muttrc", "-e", f"set smtp_authenticators = {mechanism}", "-s", f"mutt {mechanism}", to, text="Hello\n")
+
+
+def by_nodemailer(site: Site, to: str, implicit: bool) -> None:
+    """Node.js, as web applications send."""
+    (site.gmta.directory / "send.js").write_text(f"""
+const transport = require("nodemailer").createTransport({{
+  host: "localhost", port: {site.tls_port if implicit else site.gmta.submission_port}, secure: {str(implicit).lower()}, requireTLS: true,
+  auth: {{user: {json.dumps(USER)}, pass: {json.dumps(SECRET)}}}, tls: {{ca: require("fs").readFileSync({json.dumps(site.authority.file)})}},
+}});
+transport.sendMail({{from: {json.dumps(USER)}, to: {json.dumps(to)}, subject: "nodemailer é", text: "Hello", attachments: [{{filename: "a", content: "x"}}]}})
+  .then(() => process.exit(0), error => {{ console.error(error); process.exit(1); }});
+""", encoding="utf-8")
+    site.run("node", "send.js", env={"NODE_PATH": "/usr/share/nodejs"})
+
+
+GO = r"""
+package main
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"net/smtp"
+	"os"
+)
+
+func must(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+func main() {
+	host, port, implicit, ca, user, secret, to := "localhost", os.Args[1], os.Args[2] == "implicit", os.Args[3], os.Args[4], os.Args[5], os.Args[6]
+	pem, err := os.ReadFile(ca)
+	must(err)
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(pem)
+	config := &tls.Config{ServerName: host, RootCAs: roots}
+	var client *smtp.Client
+	if implicit {
+		link, err := tls.Dial("tcp", host+":"+port, config)
+		must(err)
+		client, err = smtp.NewClient(link, host)
+		must(err)
+	} else {
+		client, err = smtp.Dial(host + ":" + port)
+		must(err)
+		must(client.StartTLS(config))
+	}
+	must(client.Auth(smtp.PlainAuth("", user, secret, host)))
+	must(client.Mail(user))
+	must(client.Rcpt(to))
+	body, err := client.Data()
+	must(err)
+	_, err = body.Write([]byte("From: " + user + "\r\nTo: " + to + "\r\nSubject: Go\r\n\r\nHello\r\n.\r\n"))
+	must(err)
+	must(body.Close())
+	must(client.Quit())
+}
+"""
+
+
+def by_go(site: Site, to: str, implicit: bool) -> None:
+    """Go's net/smtp."""
+    source, built = site.gmta.directory / "send.go", site.gmta.directory / "send-go"
+    if not built.exists():
+        source.write_text(GO)
+        site.run("go", "build", "-o", str(built), str(source), env={"GOCACHE": str(site.gmta.directory / "go"), "GOTOOLCHAIN": "local"})
+    site.run(str(built), str(site.tls_port if implicit else site.gmta.submission_port), "implicit" if implicit else "starttls", site.authority.file,
+             USER, SECRET, to)
+
+
 CLIENTS: dict[str, tuple[Callable[[Site, str, bool], None], int]] = {
-    "swaks": (by_swaks, 2), "curl": (by_curl, 1), "smtplib": (by_smtplib, 1), "msmtp": (by_msmtp, 1), "s-nail": (by_s_nail, 1)}
+    "swaks": (by_swaks, 2), "curl": (by_curl, 1), "smtplib": (by_smtplib, 1), "msmtp": (by_msmtp, 1), "s-nail": (by_s_nail, 1), "mutt": (by_mutt, 2),
+    "nodemailer": (by_nodemailer, 1), "go": (by_go, 1)}
 
 
 def test_clients_send_through_both_ports(gmta: Gmta) -> None:
@@ -145,8 +232,9 @@ def test_clients_send_through_both_ports(gmta: Gmta) -> None:
             local = f"{name}{'-tls' if implicit else ''}"
             send(site, f"{local}@example.test", implicit)
             for file in gmta.arrived(local, count):
-                assert re.search(rb"with ESMTPSA\b", file.read_bytes()), file.read_bytes()
-    assert SECRET not in site.log()
+                assert re.search(rb"with (?:ESMTP|UTF8SMTP)SA\b", file.read_bytes()), file.read_bytes()
+    log = site.log()
+    assert SECRET not in log and all(f"mechanism={name}" in log for name in ("PLAIN", "LOGIN", "SCRAM-SHA-256"))
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN", "SCRAM-SHA-256", "SCRAM-SHA-256-PLUS"])
