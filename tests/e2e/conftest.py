@@ -22,7 +22,8 @@ import pytest
 DEADLINE_S = 30.0
 ROOT = os.getuid() == 0
 OWNER = pwd.getpwnam("nobody") if ROOT else pwd.getpwuid(os.getuid())  # Dovecot serves no mailbox of root
-PROGRAM_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+UNPACKED = Path(__file__).resolve().parents[1] / "data/exim4/usr/sbin"  # its package and Postfix's exclude one another
+PROGRAM_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:{UNPACKED}"
 
 
 def program(name: str) -> str:

@@ -1,4 +1,4 @@
-"""gmta sends to Postfix, found through MX records in unbound: STARTTLS, DANE in a signed zone, MTA-STS over HTTPS.
+"""gmta sends to Postfix and Exim, found through MX records in unbound: STARTTLS, DANE in a signed zone, MTA-STS over HTTPS.
 
 Names stand at addresses of loopback; all hosts listen on one port. The zones are signed here and served by unbound itself, which
 validates them by their trust anchors.
@@ -7,9 +7,12 @@ validates them by their trust anchors.
 from __future__ import annotations
 
 import datetime
+import email
+import email.policy
 import json
 import os
 import pwd
+import re
 import smtplib
 import socket
 import sqlite3
@@ -18,7 +21,9 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from email.message import EmailMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -37,10 +42,11 @@ from tests.e2e.conftest import DEADLINE_S, Gmta, free_port, program, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.getuid() != 0, reason="Postfix's master process needs root")]
 
-RIGHT, WRONG, CLEAR, WEB = "127.0.0.31", "127.0.0.32", "127.0.0.33", "127.0.0.34"
+RIGHT, WRONG, CLEAR, WEB, EXIM = "127.0.0.31", "127.0.0.32", "127.0.0.33", "127.0.0.34", "127.0.0.35"
 FILE = "version: STSv1\r\nmode: {}\r\nmx: *.sts.example\r\nmax_age: 86400\r\n"
 STS = {"enforced": "enforce", "broken": "enforce", "trial": "testing", "unserved": None}
 SECURE = ("right", "wrong", "dark", "cleartext", "none")
+HEADERS = "/^(Content-Type|Subject):/ INFO\n"
 
 
 def answers(host: str, port: int) -> bool:
@@ -139,6 +145,7 @@ class Postfix:
             path.mkdir(parents=True)
             os.chown(path, uid, -1)
         daemons = subprocess.run([program("postconf"), "-h", "daemon_directory"], capture_output=True, text=True, check=True).stdout.strip()
+        (config / "headers").write_text(HEADERS)
         (config / "main.cf").write_text(f"""
 compatibility_level = 3.6
 queue_directory = {directory}/queue
@@ -163,6 +170,10 @@ smtpd_tls_loglevel = 1
 smtpd_tls_received_header = yes
 smtpd_client_connection_count_limit = 0
 smtpd_recipient_restrictions = check_recipient_access inline:{{{{nobody@to-none.secure.example = REJECT no such user}}}}
+strict_7bit_headers = yes
+strict_8bitmime_body = yes
+strict_mime_encoding_domain = yes
+header_checks = regexp:{config}/headers
 maillog_file = {directory}/log
 maillog_file_prefixes = {directory}
 """)
@@ -179,14 +190,91 @@ maillog_file_prefixes = {directory}
         self.process = subprocess.Popen([f"{daemons}/master", "-c", str(config), "-d"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until(lambda: answers(RIGHT, port) and answers(CLEAR, port), "banner of Postfix")
 
-    def messages(self) -> list[bytes]:
-        """What was delivered."""
-        new = self.mail / "inbox/new"
-        return [path.read_bytes() for path in sorted(new.iterdir())] if new.is_dir() else []
+    def got(self, subject: str) -> list[bytes]:
+        """The delivered messages of that subject."""
+        return delivered(self.mail / "inbox", subject)
+
+    def log(self) -> str:
+        """What Postfix said."""
+        return (self.directory / "log").read_text()
+
+    def close(self) -> None:
+        """Ends it."""
+        self.process.terminate()
+        self.process.wait(DEADLINE_S)
+
+
+def delivered(maildir: Path, subject: str) -> list[bytes]:
+    """The messages of that subject in a Maildir."""
+    found = [path.read_bytes() for path in sorted((maildir / "new").glob("*"))]
+    return [message for message in found if f"\nSubject: {subject}\n".encode() in message]
+
+
+# --- Exim -------------------------------------------------------------------------------------------------------------
+
+
+class Exim:
+    """Exim at one address, with GnuTLS. It takes mail for one domain, and nobody there."""
+
+    def __init__(self, directory: Path, port: int, issued: Issued, domain: str) -> None:
+        self.mail = directory / "mail"
+        self._directory = directory
+        binary, owner = program("exim4"), pwd.getpwnam("Debian-exim")
+        for path in (directory, directory / "spool", self.mail):
+            path.mkdir()
+            os.chown(path, owner.pw_uid, owner.pw_gid)
+        (config := directory / "conf").write_text(f"""
+exim_path = {binary}
+keep_environment =
+primary_hostname = exim.example
+spool_directory = {directory}/spool
+log_file_path = {directory}/%slog
+pid_file_path = {directory}/pid
+local_interfaces = {EXIM}
+daemon_smtp_ports = {port}
+host_lookup =
+tls_advertise_hosts = *
+tls_certificate = {issued[0]}
+tls_privatekey = {issued[1]}
+log_selector = +tls_cipher +received_recipients
+acl_smtp_rcpt = recipients
+
+begin acl
+recipients:
+  deny local_parts = nobody
+       message = no such user here
+  accept domains = {domain}
+  deny message = not for us
+
+begin routers
+inbox:
+  driver = accept
+  transport = maildir
+
+begin transports
+maildir:
+  driver = appendfile
+  maildir_format
+  directory = {self.mail}
+  envelope_to_add
+  return_path_add
+""")
+        for path in map(Path, issued):
+            path.chmod(0o644)
+        self.process = subprocess.Popen([binary, "-bdf", "-C", str(config)])
+        until(lambda: self._running() and answers(EXIM, port), "banner of Exim")
+
+    def _running(self) -> bool:
+        assert self.process.poll() is None, self.log()
+        return True
+
+    def log(self) -> str:
+        """What Exim said."""
+        return "".join(path.read_text() for path in sorted(self._directory.glob("*log")))
 
     def got(self, subject: str) -> list[bytes]:
         """The delivered messages of that subject."""
-        return [message for message in self.messages() if f"\nSubject: {subject}\n".encode() in message]
+        return delivered(self.mail, subject)
 
     def close(self) -> None:
         """Ends it."""
@@ -245,7 +333,8 @@ class Web:
 class World:
     """All of it, and a gmta that sends there."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ends: ExitStack) -> None:
+        """ends: where what must be ended at the end is put."""
         self.directory = directory
         for name in ("dns", "gmta"):
             (directory / name).mkdir()
@@ -253,11 +342,18 @@ class World:
         self.port = free_port()
         right = authority.issue("right.secure.example", "enforced.sts.example")
         wrong = authority.issue("somebody.example")
+        exim = authority.issue("exim.secure.example")
         self.web = Web(authority.issue(*(f"mta-sts.to-{name}.sts.example" for name in STS)))
-        self.unbound = Unbound(directory / "dns", self._zones(right))
+        ends.callback(self.web.close)
+        self.unbound = Unbound(directory / "dns", self._zones(right, exim))
+        ends.callback(self.unbound.close)
         domains = [f"{name}.secure.example" for name in SECURE] + [f"{name}.sts.example" for name in STS] + ["plain.example", "noteven.example"]
         self.postfix = Postfix(directory / "postfix", self.port, right, wrong, [f"to-{domain}" for domain in domains])
+        ends.callback(self.postfix.close)
+        self.exim = Exim(directory / "exim", self.port, exim, "to-exim.secure.example")
+        ends.callback(self.exim.close)
         self.gmta = Gmta(directory / "gmta")
+        ends.callback(self.gmta.stop)
         self.gmta.serve(self.gmta.configuration(f"""
 [domains]
 relay_from = 127.0.0.0/8
@@ -277,9 +373,9 @@ probe_bogus = bogus.example
 send = yes
 """))
 
-    def _zones(self, right: Issued) -> dict[str, Signed | str]:
+    def _zones(self, right: Issued, exim: Issued) -> dict[str, Signed | str]:
         port = self.port
-        good = "TLSA {} {} {} {}".format(*right.tlsa())
+        good, exim_record = ("TLSA {} {} {} {}".format(*issued.tlsa()) for issued in (right, exim))
         bad = "TLSA 3 1 1 " + "ab" * 32
         secure = f"""
 to-right MX 10 right
@@ -296,6 +392,11 @@ cleartext A {CLEAR}
 _{port}._tcp.cleartext {bad}
 to-none MX 10 none
 none A {WRONG}
+to-exim MX 10 dead
+to-exim MX 20 exim
+dead A 127.0.0.99
+exim A {EXIM}
+_{port}._tcp.exim {exim_record}
 """
         plain = f"""$TTL 60
 @ SOA ns.plain.example. x.plain.example. 1 3600 600 86400 60
@@ -323,16 +424,20 @@ noteven A {CLEAR}
         return {"secure.example": sign("secure.example", secure, spoil=f"_{port}._tcp.dark.secure.example"),
                 "bogus.example": sign("bogus.example", "@ A 192.0.2.1\n", honest=False), "plain.example": plain, "example": sts}
 
-    def send(self, subject: str, *to: str, lines: int = 3) -> str:
+    def send(self, subject: str, *to: str, lines: int = 3, sender: str = "sender@example.test", envid: str = "") -> str:
         """Hands a message in; returns its queue id."""
         with smtplib.SMTP("127.0.0.1", self.gmta.port) as client:
             client.ehlo("client.example.test")
-            client.mail("sender@example.test")
+            client.mail(sender, [f"ENVID={envid}"] if envid else [])
             for recipient in to:
                 client.rcpt(recipient)
-            code, said = client.data(f"From: sender@example.test\r\nSubject: {subject}\r\n\r\n" + "..line\r\n" * lines)
+            code, said = client.data(f"From: {sender}\r\nSubject: {subject}\r\n\r\n" + "..line\r\n" * lines)
             assert code == 250, said
         return said.decode().rpartition(" ")[2]
+
+    def got(self, domain: str, subject: str) -> list[bytes]:
+        """The messages of that subject that its host delivered."""
+        return (self.exim if domain.startswith("exim.") else self.postfix).got(subject)
 
     def outcome(self, queue_id: str) -> dict[str, Any]:
         """The first outcome in the message's history."""
@@ -350,22 +455,13 @@ noteven A {CLEAR}
         """gmta's log so far."""
         return (self.gmta.directory / "gmta.log").read_text()
 
-    def close(self) -> None:
-        """Ends everything."""
-        self.gmta.stop()
-        self.postfix.close()
-        self.unbound.close()
-        self.web.close()
-
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    with tempfile.TemporaryDirectory(prefix="gmta-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gmta-") as folder, ExitStack() as ends:
         directory = Path(folder)
         directory.chmod(0o755)
-        made = World(directory)
-        yield made
-        made.close()
+        yield World(directory, ends)
 
 
 def test_unbound_is_what_the_tests_need(world: World) -> None:
@@ -379,32 +475,72 @@ def test_unbound_is_what_the_tests_need(world: World) -> None:
 @pytest.mark.parametrize(("domain", "kind", "tls", "says"), [
     ("right.secure.example", "delivered", "verified:dane-ee", ""), ("wrong.secure.example", "deferred", "", "none of those in TLSA"),
     ("dark.secure.example", "deferred", "", "TLSA"), ("cleartext.secure.example", "deferred", "", "offers no TLS"),
+    ("exim.secure.example", "delivered", "verified:dane-ee", ""),
     ("none.secure.example", "delivered", "unverified", ""), ("plain.example", "delivered", "unverified", ""), ("noteven.example", "delivered", "", ""),
     ("enforced.sts.example", "delivered", "verified:mta-sts", ""), ("broken.sts.example", "deferred", "", "not for broken.sts.example"),
     ("trial.sts.example", "delivered", "unverified", ""), ("unserved.sts.example", "delivered", "unverified", "")])
-def test_what_comes_to_postfix_and_how(world: World, domain: str, kind: str, tls: str, says: str) -> None:
+def test_what_comes_to_the_peer_and_how(world: World, domain: str, kind: str, tls: str, says: str) -> None:
     outcome = world.outcome(world.send(domain, f"user@to-{domain}"))
     assert outcome["kind"] == kind and says in outcome["reply"]
     assert outcome.get("tls", "").rpartition(" ")[2] == tls
     if kind == "deferred":
-        assert not world.postfix.got(domain)
+        assert not world.got(domain, domain)
         return
-    until(lambda: len(world.postfix.got(domain)) == 1, "message in Postfix's Maildir")
-    (message,) = world.postfix.got(domain)
+    until(lambda: len(world.got(domain, domain)) == 1, "message in the peer's Maildir")
+    (message,) = world.got(domain, domain)
     assert message.endswith(b"\n\n" + b"..line\n" * 3)
-    assert (b"using TLSv1." in message.partition(b"\n\n")[0]) == bool(tls)
+    assert bool(re.search(rb"using TLSv1\.|\(TLS1\.", message.partition(b"\n\n")[0])) == bool(tls)
 
 
-def test_recipients_that_postfix_refuses(world: World) -> None:
-    """The message is out with its envelope before the answers come, and Postfix throws it away where nobody takes it."""
+@pytest.mark.parametrize("domain", ["none.secure.example", "exim.secure.example"])
+def test_recipients_that_the_peer_refuses(world: World, domain: str) -> None:
+    """The message is out with its envelope before the answers come, and the peer throws it away where nobody takes it."""
     for subject, names, kinds in (("mixed", ("nobody", "user"), {"failed", "delivered"}), ("refused", ("nobody",), {"failed"}),
                                   ("fine again", ("user",), {"delivered"})):
-        queue_id = world.send(subject, *(f"{name}@to-none.secure.example" for name in names))
+        queue_id = world.send(subject, *(f"{name}@to-{domain}" for name in names))
         world.outcome(queue_id)
         events = json.loads(world.gmta.command("trace", queue_id, "--json").stdout)
         assert {event["kind"] for event in events} & {"failed", "delivered", "deferred"} == kinds
         assert all("no such user" in event["data"]["reply"] for event in events if event["kind"] == "failed")
-        until(lambda subject=subject, kinds=kinds: len(world.postfix.got(subject)) == ("delivered" in kinds), subject)  # type: ignore[misc]
+        until(lambda subject=subject, kinds=kinds: len(world.got(domain, subject)) == ("delivered" in kinds), subject)  # type: ignore[misc]
+
+
+def test_a_report_is_read_by_postfix(world: World) -> None:
+    """What two peers refuse goes back to a sender at Postfix, whose strict reader of MIME takes it and finds its parts."""
+    refused = ["nobody@to-none.secure.example", "nobody@to-exim.secure.example"]
+    queue_id = world.send("to be refused", *refused, sender="user@to-right.secure.example", envid="a+2Bb")
+    subject = "Undelivered mail returned to sender"
+    reports: dict[str, EmailMessage] = {}
+
+    def came() -> bool:
+        for raw in world.postfix.got(subject):
+            parsed = email.message_from_bytes(raw, policy=email.policy.default)
+            assert isinstance(parsed, EmailMessage)
+            if f"Queue id: {queue_id}".encode() in raw:
+                reports[str(parsed["Message-ID"])] = parsed
+        return len(reports) == 2  # one a host
+
+    until(came, "report at Postfix")
+    found: dict[str, dict[str, str]] = {}
+    for parsed in reports.values():
+        assert not parsed.defects and parsed.get_content_type() == "multipart/report"
+        assert parsed["Content-Type"].params["report-type"] == "delivery-status" and parsed["Return-Path"] == "<>"
+        human, machine, returned = parsed.iter_parts()
+        assert [part.get_content_type() for part in (human, machine, returned)] == ["text/plain", "message/delivery-status", "message/rfc822"]
+        message, recipient = ({name: str(value) for name, value in block.items()} for block in machine.get_payload())
+        assert message["Reporting-MTA"] == "dns; mx.example.test" and message["Original-Envelope-Id"] == "a+b"
+        assert returned.get_content()["Subject"] == "to be refused" and "..line\n" * 3 in str(returned.get_content())
+        assert recipient["Final-Recipient"].removeprefix("rfc822;") in human.get_content()
+        found[recipient["Final-Recipient"].removeprefix("rfc822;")] = recipient
+    assert sorted(found) == sorted(refused)
+    seen: dict[str, list[str]] = {}  # by Postfix's queue id: its log of the header fields that it came across
+    for queue_id, value in re.findall(r"cleanup\[\d+\]: (\w+): info: header (?:Content-Type|Subject): ([^;]+?)(?:;| from )", world.postfix.log()):
+        seen.setdefault(queue_id, []).append(value)
+    parts = [subject, "multipart/report", "text/plain", "message/delivery-status", "message/rfc822", "to be refused"]
+    assert list(seen.values()).count(parts) == 2, seen
+    assert {recipient["Action"] for recipient in found.values()} == {"failed"}
+    assert found[refused[0]]["Remote-MTA"] == "dns; none.secure.example" and found[refused[1]]["Remote-MTA"] == "dns; exim.secure.example"
+    assert all("no such user" in recipient["Diagnostic-Code"] and recipient["Status"].startswith("5.") for recipient in found.values())
 
 
 def test_self_test_and_reports(world: World) -> None:
