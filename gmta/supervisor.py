@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
-from gmta.config import EX_CONFIG, Config, ConfigError, load
+from gmta.config import ACME, EX_CONFIG, Config, ConfigError, load
 from gmta.queue import maildrop
 from gmta.services.log import Log
 from gmta.systemd import Given, Notifier, given_sockets
@@ -185,12 +185,13 @@ class Supervisor:
         bound = match_given(config, self._given, errors)
         named = {one.name for one in self._given}
         ours = {key[1:]: listening.sockets for key, listening in self.listening.items() if not listening.shared}
-        owners: dict[tuple[str, int], str] = {}
+        owners: dict[tuple[str, int], str] = {}  # address -> section
         fresh: list[socket.socket] = []
-        for name, listener in config.listeners.items():
-            for host, port in listener.addresses if name not in named else ():
-                if owners.setdefault((host, port), name) != name:
-                    errors.append(f"[listener:{name}] address: {host}:{port} is that of [listener:{owners[host, port]}] already")
+        for name, addresses in served(config).items():
+            where, wanted = (f"[listener:{name}]", config.gmta.workers) if name != ACME else ("[acme]", 1)  # worker 0 alone answers
+            for host, port in addresses if name.lstrip(":") not in named else ():
+                if owners.setdefault((host, port), where) != where:
+                    errors.append(f"{where} address: {host}:{port} is that of {owners[host, port]} already")
                     continue
                 key = (name, host, port)
                 if key in bound:
@@ -200,11 +201,14 @@ class Supervisor:
                     if all(port != other for _, other in ours):  # where we have the port on some address the probe would hit ourselves
                         fresh.append(first_to_listen(host, port))
                         have.sockets.append(fresh[-1])
-                    while len(have.sockets) < config.gmta.workers:
+                    while len(have.sockets) < wanted:
                         fresh.append(listen(host, port))
                         have.sockets.append(fresh[-1])
                 except OSError as error:
-                    errors.append(f"[listener:{name}] address: can't listen on {host}:{port}: {error.strerror or error}")
+                    errors.append(f"{where} address: can't listen on {host}:{port}: {error.strerror or error}")
+                    if name == ACME:  # mail goes on, with the certificate that there is
+                        self._log.error("no certificate can be obtained", reason=errors.pop())
+                        del bound[key]
         if errors:
             for sock in fresh:
                 sock.close()
@@ -405,16 +409,23 @@ class Supervisor:
             self._begin_reload()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket that shares its port with those of the other workers; raises OSError."""
+def listen(host: str, port: int, *, first: bool = False) -> socket.socket:
+    """A listening socket that shares its port with those of the other workers; raises OSError.
+
+    first: nobody may listen there yet. Two who try that at once do not both get it: the kernel gives a port to one socket until that one
+    is willing to share it, and then only to such as ask for a share.
+    """
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if not first:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((host, port))
         sock.listen(BACKLOG)
+        if first:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     except OSError:
         sock.close()
         raise
@@ -429,28 +440,30 @@ def first_to_listen(host: str, port: int) -> socket.socket:
     end = time.monotonic() + TAKEN_S
     while True:
         try:
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if probe.family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind((host, port))
-            return listen(host, port)
+            return listen(host, port, first=True)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() >= end:
                 raise
         time.sleep(0.05)
 
 
+def served(config: Config) -> dict[str, list[tuple[str, int]]]:
+    """The addresses of each listener, and of [acme] under the name ACME where it obtains certificates."""
+    found = {name: listener.addresses for name, listener in config.listeners.items()}
+    return found | {ACME: config.acme.addresses} if config.obtained else found
+
+
 def match_given(config: Config, given: Sequence[Given], errors: list[str]) -> dict[Key, Listening]:
     """systemd's sockets by what they serve: the listener whose name is the socket's FileDescriptorName (all its addresses are
     systemd's then), else the one that has the socket's address. A socket that serves none is an error."""
     found: dict[Key, Listening] = {}
+    wanted = served(config)
     for one in given:
-        if one.name in config.listeners:
-            keys = [(one.name, one.host, one.port)]
+        name = one.name if one.name in wanted else f":{one.name}"
+        if name in wanted:
+            keys = [(name, one.host, one.port)]
         else:
-            keys = [(name, host, port) for name, listener in config.listeners.items()
-                    for host, port in listener.addresses if one.matches(host, port)]
+            keys = [(name, host, port) for name, addresses in wanted.items() for host, port in addresses if one.matches(host, port)]
         if not keys:
             errors.append(f"socket {one} from systemd serves no listener: expected FileDescriptorName= to be one of "
                           f"{', '.join(config.listeners)}, or ListenStream= to be an address of one")

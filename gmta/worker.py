@@ -21,7 +21,7 @@ from typing import Any  # noqa: E402
 import gevent  # noqa: E402
 from gevent.event import Event as Flag  # noqa: E402
 
-from gmta.config import EX_CONFIG, Config, ConfigError  # noqa: E402
+from gmta.config import ACME, EX_CONFIG, Config, ConfigError  # noqa: E402
 from gmta.deliver.scheduler import Scheduler  # noqa: E402
 from gmta.mail.address import Address  # noqa: E402
 from gmta.mail.reply import NO_PROXY  # noqa: E402
@@ -64,7 +64,7 @@ class Worker:
         self.pickup = Pickup(os.path.join(config.gmta.data_dir, maildrop.DIRECTORY), os.path.join(config.gmta.data_dir, "queue"), self.pipeline,
                              config.queue.lifetime)
         self.limits = ConnectionLimits(config.limits, config.domains.relay_from, config.gmta.workers)
-        self._sockets = sockets
+        self._sockets = [(name, sock) for name, sock in sockets if name != ACME]
         self._connections: set[Connection] = set()
         self._stopping = Flag()
         self._orphaned = False  # the supervisor is gone
@@ -73,6 +73,16 @@ class Worker:
         names = {name: (other.certificate, other.key) for name, other in config.tls_names.items()}
         self._tls = {listener.client_ca: ServerTls(tls.certificate, tls.key or None, tls.minimum_version, names, listener.client_ca, self.log)
                      for listener in config.listeners.values()} if tls.certificate else {}
+        self._acme: Any = None
+        if config.obtained:
+            from gmta.services import acme
+
+            try:
+                acme.provide(config.obtained)
+            except OSError as error:
+                raise ConfigError([f"[acme]: a certificate can't be kept: {error.filename}: {error.strerror}"]) from error
+            if number == 0:
+                self._acme = acme.Acme(config, self.services, [sock for name, sock in sockets if name == ACME])
 
     def run(self, beat: int, life: int) -> None:
         """Serves until SIGTERM or until the supervisor is gone. beat: pipe to write to; life: pipe that ends with the supervisor."""
@@ -93,11 +103,15 @@ class Worker:
             gevent.spawn(self._export)
         self.plugins.on("on_worker_started", self)
         self.log.info("worker started", worker=self.number, pid=os.getpid())
+        if self._acme is not None:
+            self._acme.start()
         self._stopping.wait()
         self.plugins.on("on_worker_stopping", self)
         gevent.killall(acceptors)
         if self._orphaned:
             self._let_go()
+        if self._acme is not None:
+            self._acme.stop()
         self.pickup.stop(5.0)
         self._drain()
         self.scheduler.stop(10.0)

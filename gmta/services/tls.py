@@ -21,6 +21,7 @@ from gevent.ssl import SSLContext
 from gmta.mail.session import TlsInfo
 
 LOOK_S = 1.0  # how often files are looked at, when sessions begin
+SETTLE_S = 3.0  # who renews a certificate may put its files in place one after the other: at the start there is no old pair to go on with
 # Mozilla's "intermediate", without the ones that need parameters for Diffie-Hellman; those of TLS 1.3 are OpenSSL's own
 CIPHERS = ("ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-RSA-AES256-GCM-SHA384:"
            "ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305")
@@ -50,16 +51,24 @@ class ServerTls:
 
     names: {server name: (certificate, key)} for other certificates by SNI (RFC 6066 section 3). client_ca: authorities of whose
     certificates clients are asked for one. Files that change are read again; where that fails, the old ones stay and the log says so.
+    Raises TlsError where there is no pair to begin with, even after SETTLE_S.
     """
 
     def __init__(self, certificate: str, key: str | None, minimum_version: str = "1.2", names: Mapping[str, tuple[str, str]] | None = None,
-                 client_ca: str = "", log: Any = None, clock: Callable[[], float] = time.monotonic) -> None:
+                 client_ca: str = "", log: Any = None, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
         self._files = (certificate, key, minimum_version, names, client_ca)
         self._log = log
         self._clock = clock
         self._looked_at = clock()
-        self._stamp = self._look()
-        self._context = server_context(*self._files)
+        while True:
+            try:
+                self._stamp = self._look()
+                self._context = server_context(*self._files)
+                break
+            except (OSError, TlsError) as error:
+                if clock() - self._looked_at >= SETTLE_S:
+                    raise error if isinstance(error, TlsError) else TlsError(str(error)) from error
+            sleep(0.1)
 
     def _look(self) -> tuple[Any, ...]:
         """What tells whether the files are others than before."""

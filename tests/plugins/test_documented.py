@@ -14,7 +14,7 @@ from gmta import config, hookspecs
 ROOT = Path(__file__).parents[2]
 HOOKS = [name for name in vars(hookspecs.HookSpecs) if not name.startswith("_")]
 PLUGINS = sorted(path.stem for path in (ROOT / "plugins").glob("*.py") if path.stem != "__init__")
-SECTIONS = {"gmta": config.Gmta, "tls": config.Tls, "domains": config.Domains, "limits": config.Limits, "queue": config.Queue,
+SECTIONS = {"gmta": config.Gmta, "tls": config.Tls, "acme": config.Acme, "domains": config.Domains, "limits": config.Limits, "queue": config.Queue,
             "plugins": config.Plugins, "dns": config.Dns, "tlsrpt": config.TlsReports, "metrics": config.MetricsSection, "listener:mx": config.Listener}
 
 
