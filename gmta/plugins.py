@@ -479,15 +479,17 @@ class PluginManager:
         return [self._found[name] for name in sorted(self._found)]
 
     def close(self) -> None:
-        """Closes transports that have something to close."""
+        """Closes transports and plugins that have something to close."""
         self._fences.close()
-        for name, transport in self.transports.items():
-            close = getattr(transport, "close", None)
-            if close is not None:
-                try:
-                    close()
-                except Exception:
-                    self._log.error("transport can't close", transport=name, traceback=traceback.format_exc())
+        plugins = ((name, plugin) for name, (plugin, _) in self._plugins.items())
+        for what, named in (("transport", self.transports.items()), ("plugin", plugins)):
+            for name, one in named:
+                close = getattr(one, "close", None)
+                if close is not None:
+                    try:
+                        close()
+                    except Exception:
+                        self._log.error(f"{what} can't close", **{what: name}, traceback=traceback.format_exc())
 
 
 # --- finding ----------------------------------------------------------------------------------------------------

@@ -28,8 +28,10 @@ from gmta.mail.reply import NO_PROXY  # noqa: E402
 from gmta.mail.session import Session  # noqa: E402
 from gmta.plugins import PluginManager  # noqa: E402
 from gmta.queue import maildrop  # noqa: E402
+from gmta.queue.admin import QueueAdmin  # noqa: E402
 from gmta.queue.ids import IdSource  # noqa: E402
 from gmta.queue.sqlite import SqliteStore  # noqa: E402
+from gmta.queue.store import Event  # noqa: E402
 from gmta.receive.connection import Connection  # noqa: E402
 from gmta.receive.limits import ConnectionLimits, within  # noqa: E402
 from gmta.receive.pickup import Pickup  # noqa: E402
@@ -211,6 +213,19 @@ class Worker:
         finally:
             self._connections.discard(connection)
             self.limits.close(ip, admitted)
+
+    def happened(self, since: float, kinds: Sequence[str], limit: int) -> list[tuple[Event, dict[str, Any]]]:
+        """What the queue's history, of all workers, says since that time: for who may have missed it. Raises OSError, sqlite3.Error."""
+
+        def read() -> list[tuple[Event, dict[str, Any]]]:
+            admin = QueueAdmin(os.path.join(self.config.gmta.data_dir, "queue"))
+            try:
+                return admin.happened(since, kinds, limit)
+            finally:
+                admin.close()
+
+        found: list[tuple[Event, dict[str, Any]]] = self.services.batch("history").submit(read)
+        return found
 
     def submit(self, sender: Address, recipients: Sequence[Address], octets: bytes) -> None:
         """Hands in a message that a plugin made (CRLF line ends), as a local program does; returns when it is safe. Raises OSError."""

@@ -1,9 +1,10 @@
 """Transport `webhook`: POSTs messages to a URL. As a plugin: asks a URL after the dot whether to take a message, and tells one of events.
 
-Hooks: get_transports; check_message (where `wait = yes`); on_queued, on_delivery, on_bounced, on_worker_stopping (where `events_url`).
+Hooks: get_transports; check_message (where `wait = yes`); on_queued, on_delivery, on_bounced, on_worker_started, on_worker_stopping (where
+`events_url`).
 Keys of [transport:NAME]: url, format, secret, allow_private, authorization, ca_file, connect_timeout, request_timeout, client_errors,
 original, detail_separator.  Keys of [plugin:webhook]: the same for the question, wait; events_url, events, events_secret,
-events_queue.  What is sent: docs/webhook.md, docs/webhook.schema.json.
+events_queue, events_lifetime.  What is sent: docs/webhook.md, docs/webhook.schema.json.
 
 Replies of the transport: 250 2.0.0 for a 2xx; 554 5.3.0 for 410, and for another 3xx or 4xx where `client_errors = fail`; 451 4.3.0
 for 408, 425, 429, 5xx and an endpoint that breaks off or says nothing, 451 4.4.1 where there is no connection (both deferred;
@@ -12,17 +13,23 @@ nothing that can be understood (with `on_error = ignore` the message is taken).
 
 One delivery is one request for all its recipients (format raw: one each), under an id that is the same at every try. Messages past
 LARGE octets are put together in a native thread, in a file without a name, so that memory stays flat. HTTP is gmta.services.webhooks'.
+
+An event is kept in a file (gmta.services.outbox) until the endpoint has it, and has the same id at every try, from whichever worker. What a
+worker that was killed had recorded but not told is told from the queue's history, with less in it. So an event comes at least once, unless
+events_queue of them wait or it is older than events_lifetime: those are dropped, and counted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import secrets
 import tempfile
 from base64 import b64encode
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -37,14 +44,21 @@ from gmta.mail import mime
 from gmta.mail.address import Address, domain_key
 from gmta.mail.message import Message
 from gmta.mail.session import AuthResult, Recipient, Session, Transaction
+from gmta.services.outbox import Found, Outbox
 from gmta.services.webhooks import Answer, Body, BytesBody, Endpoint, PostFailed, Secrets, split_url
 
 LARGE = 256 * 1024  # octets from which a request is put together outside the loop
 MAX_TEXT = 1024 * 1024  # octets; a longer text is an attachment
 MAX_PENDING = 1000  # reports of messages that are between check and queue
-PAUSES_S = (1.0, 5.0, 30.0, 120.0, 600.0)  # between the tries of an event
+PAUSES_S = (1.0, 5.0, 30.0, 120.0, 600.0)  # between the tries of an event that the endpoint can't take
+DOWN_S = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # between the tries of all where the endpoint is down
 SENDERS = 8
+BEAT_S = 5.0
+SAID_S = 15.0
+MOMENT_S = 2.0  # between a record in the queue and the file of a worker that lives
 LAST_S = 3.0  # for events that wait when the worker ends
+OUTBOX = "events"  # directory
+HISTORY = {"delivered": "delivered", "deferred": "deferred", "failed": "bounced"}  # kinds in the queue's history, and events
 REPORT = "report"  # the note that whoever reads bounces and complaints leaves on a transaction
 
 _AGAIN = frozenset({408, 425, 429})  # RFC 9110 section 15.5.9, RFC 8470, RFC 6585
@@ -93,6 +107,7 @@ class Config(Target):
     events: list[Literal["delivered", "deferred", "bounced", "complained"]] = Field(["delivered", "deferred", "bounced", "complained"], description="which events")
     events_secret: Signing = Field([], description="default: `secret`")
     events_queue: int = Field(10_000, ge=1, description="events that may wait in a worker; past that the oldest are dropped")
+    events_lifetime: Duration = Field(86400.0, gt=0, description="how long an event is tried where the endpoint is down")
 
 
 class TransportConfig(Target):
@@ -445,11 +460,194 @@ def _shown(text: str) -> str:
 
 @dataclass(slots=True)
 class _Event:
-    """One event on its way."""
+    """One event on its way. tries: that have failed.  again: somebody may have it already."""
 
     id: str
+    at: float
     body: bytes
     tries: int = 0
+    again: bool = False
+
+
+class Teller:
+    """Sends events, some at a time, each until the endpoint has it or refuses it; where the endpoint is down one of them probes it.
+
+    Until `keep_in` they are in memory alone.
+    """
+
+    def __init__(self, config: Config, services: Any, endpoint: Endpoint) -> None:
+        self._config = config
+        self._services = services
+        self._endpoint = endpoint
+        self._outbox: Outbox | None = None
+        self.closed = False
+        self._kept: OrderedDict[str, _Event] = OrderedDict()  # all that is not done, oldest first
+        self._ready: deque[_Event] = deque()
+        self._senders: set[Any] = set()
+        self._down = 0  # tries in a row that the endpoint was down for
+        self._pause_s = 0.0
+        self._probing = False
+        self._troubled = ""
+        self._said_at = float("-inf")
+
+    def tell(self, id: str, body: bytes, *, wait: bool = False) -> None:
+        """Takes an event. wait: until it is kept."""
+        self._take(_Event(id, self._services.clock(), body))
+        if self._outbox is not None:
+            try:
+                self._outbox.keep(id, body, wait=wait)
+            except OSError:
+                pass  # it is in memory, and `beat` says so
+
+    def take_over(self, events: Iterable[_Event]) -> None:
+        """Takes what another process had."""
+        for event in events:
+            if event.id not in self._kept:
+                self._take(event)
+                if self._outbox is not None:
+                    self._outbox.keep(event.id, event.body)
+
+    def _take(self, event: _Event) -> None:
+        while len(self._kept) >= self._config.events_queue:
+            self._done(next(iter(self._kept.values())))
+            self._services.metrics.counter("webhook_events_dropped").inc()
+            self._say("more than events_queue wait")
+        self._kept[event.id] = event
+        self._put(event)
+
+    def _put(self, event: _Event) -> None:
+        if event.id in self._kept:
+            self._ready.append(event)
+            if len(self._senders) < SENDERS and not self._probing and not self.closed:
+                self._start()
+
+    def _start(self) -> None:
+        sender = self._services.spawn(self._send_all)
+        self._senders.add(sender)
+        sender.link(self._senders.discard)
+
+    def _done(self, event: _Event) -> None:
+        if self._kept.pop(event.id, None) is not None and self._outbox is not None:
+            self._outbox.done(event.id)
+
+    def _say(self, trouble: str) -> None:
+        """A log line for trouble, a few a minute at most."""
+        now = self._services.clock()
+        if trouble != self._troubled and not self._said_at <= now < self._said_at + SAID_S:
+            self._services.log.warning("webhook events in trouble", reason=trouble, waiting=len(self._kept))
+            self._troubled, self._said_at = trouble, now
+
+    def _send_all(self) -> None:
+        """Sends what is ready, until nothing is."""
+        while self._ready and not self._probing:
+            event = self._ready.popleft()
+            if event.id not in self._kept:
+                continue  # dropped
+            if self._down:
+                self._probing = True
+                try:
+                    gevent.sleep(self._pause_s)
+                    self._send(event)
+                finally:
+                    self._probing = False
+                for _ in range(min(SENDERS - len(self._senders), len(self._ready)) if not self._down else 0):
+                    self._start()
+            else:
+                self._send(event)
+
+    def _send(self, event: _Event) -> None:
+        """One try, and what follows from it."""
+        again = event.again or event.tries > 0
+        mark = {"gmta-attempt": str(event.tries + 1), "gmta-retry": "yes" if again else "no"}
+        pause_s = None
+        down = False
+        try:
+            answer = self._endpoint.post(event.id, "application/json", BytesBody(event.body), mark, {"gmta-retry": "yes"})
+        except PostFailed as failure:
+            reason, down = failure.reason, True
+        else:
+            reason = f"answered {answer.status}"
+            if answer.status in _AGAIN or answer.status >= 500:
+                down = answer.status in _OVERLOADED
+                pause_s = answer.retry_after_s(self._services.clock(), DOWN_S[-1]) if down else None
+            else:
+                if not 200 <= answer.status < 300:
+                    self._services.log.warning("webhook event refused", event=event.id, reason=reason)
+                self._down = 0
+                self._done(event)
+                return
+        event.tries += 1
+        if down:
+            self._pause_s = pause_s or DOWN_S[min(self._down, len(DOWN_S) - 1)]
+            self._down += 1
+            self._say(_shown(f"{self._endpoint.host}: {reason}"))
+            if self._services.clock() - event.at > self._config.events_lifetime:
+                self._give_up(event, reason)
+            else:
+                self._ready.append(event)  # another one probes next: it may be this one that the endpoint breaks at
+        else:
+            self._down = 0
+            event.again = True
+            if event.tries > len(PAUSES_S):
+                self._give_up(event, reason)
+            else:
+                self._services.spawn(self._later, PAUSES_S[event.tries - 1], event)
+
+    def _later(self, pause_s: float, event: _Event) -> None:
+        gevent.sleep(pause_s)
+        self._put(event)
+
+    def _give_up(self, event: _Event, reason: str) -> None:
+        self._services.log.warning("webhook event given up", event=event.id, reason=_shown(reason))
+        self._services.metrics.counter("webhook_events_dropped").inc()
+        self._done(event)
+
+    def beat(self) -> Found | None:
+        """Shows that this process lives, and gives what others left that do not."""
+        outbox = self._outbox
+        if outbox is None:
+            return None
+        outbox.beat(lambda: [(event.id, event.at, event.body) for event in list(self._kept.values())])
+        try:
+            found = outbox.take_over()
+        except OSError:
+            found = None
+        if outbox.trouble:
+            self._say(f"they can't be kept: {outbox.trouble}")
+        return found or None
+
+    def keep_in(self, outbox: Outbox) -> None:
+        """Keeps in files what is told from now on."""
+        self._outbox = outbox
+        for event in self._kept.values():
+            outbox.keep(event.id, event.body)
+
+    def known(self) -> set[str]:
+        """The events that processes know, or knew lately. Raises OSError."""
+        return set() if self._outbox is None else self._outbox.known()
+
+    def release(self, found: Found) -> None:
+        """What was found is kept here now. Raises OSError."""
+        if self._outbox is not None:
+            self._outbox.release(found)
+
+    def stop(self) -> None:
+        """Gives the events that wait a moment."""
+        if self._senders:
+            gevent.joinall(list(self._senders), timeout=LAST_S)
+
+    def close(self) -> None:
+        """Leaves the rest for the next process."""
+        self.closed = True
+        gevent.killall(list(self._senders), timeout=1.0)
+        if self._outbox is not None:
+            try:
+                self._outbox.close()
+                return
+            except OSError as error:
+                self._say(f"they can't be kept: {error}")
+        if self._kept:
+            self._services.log.warning("webhook events dropped", events=len(self._kept))
 
 
 class Plugin:
@@ -459,18 +657,17 @@ class Plugin:
         self._config = config
         self._services = services
         self._asked: Endpoint | None = None
-        self._told: Endpoint | None = None
+        self._teller: Teller | None = None
         self._wanted = frozenset(config.events) if config.events_url else frozenset()
         if config.wait != bool(config.url):
             raise ValueError("url and wait: expected both or neither; what only receives mail is a [transport:NAME] of type webhook")
         if config.wait:
             self._asked = make_endpoint(services, config, config.url, config.secret)
         if config.events_url:
-            self._told = make_endpoint(services, config, config.events_url, config.events_secret or config.secret)
+            endpoint = make_endpoint(services, config, config.events_url, config.events_secret or config.secret)
+            self._teller = Teller(config, services, endpoint)
         self._writer = Writer(config, services.hostname, services.config.gmta.data_dir, self._heavy)
         self._reports: OrderedDict[str, list[dict[str, Any]]] = OrderedDict()
-        self._events: deque[_Event] = deque()
-        self._senders: set[Any] = set()
 
     @hookimpl
     def get_transports(self, config: Any) -> dict[str, Any]:
@@ -542,19 +739,58 @@ class Plugin:
     # -- events ---------------------------------------------------------------------------------------------------
 
     @hookimpl
+    def on_worker_started(self, worker: Any) -> None:
+        """From now on events outlive the worker, and those of workers that are gone are told."""
+        if self._teller is not None:
+            outbox = Outbox(os.path.join(self._services.config.gmta.data_dir, OUTBOX), self._services.batch, self._services.clock)
+            self._teller.keep_in(outbox)
+            self._services.spawn(self._beat, self._teller, worker)
+
+    def _beat(self, teller: Teller, worker: Any) -> None:
+        while not teller.closed:
+            try:
+                found = teller.beat()
+                if found is not None:
+                    self._recover(teller, worker, found)
+            except Exception as error:  # a damaged shard, a disk that fails: those who live go on
+                self._services.log.error("webhook events not taken over", error=str(error))
+            gevent.sleep(BEAT_S)
+
+    def _recover(self, teller: Teller, worker: Any, found: Found) -> None:
+        """Takes over what dead workers had to tell, and what they had recorded when they died and not come to tell."""
+        teller.take_over([_Event(id, at, body, again=True) for id, (at, body) in found.entries.items()])
+        missed = []
+        if found.since is not None:
+            happened = worker.happened(found.since, list(HISTORY), self._config.events_queue)
+            gevent.sleep(MOMENT_S)
+            known = found.known | teller.known()
+            for event, came in happened:
+                kind = HISTORY[event.kind]
+                to = str(event.data.get("to", ""))
+                id = event_id(event.queue_id, to, kind, int(event.data.get("attempts", 0)))
+                if kind in self._wanted and id not in known:
+                    data = {"queue_id": event.queue_id, "sender": str(came.get("sender", "")), "recipient": to, "original": to, "tags": [],
+                            "received_at": None, "remote": "", "elapsed_s": None, "next_attempt_at": None}
+                    data |= {key: event.data[key] for key in ("transport", "next_hop", "attempts", "reply", "remote") if key in event.data}
+                    missed.append(_Event(id, event.at, self._body(id, kind, event.at, data), again=True))
+        teller.take_over(missed)
+        self._services.log.info("webhook events taken over", waiting=len(found.entries), from_history=len(missed))
+        teller.release(found)
+
+    @hookimpl
     def on_queued(self, envelope: Any) -> None:
-        """Tells what a report that was taken is about."""
+        """Tells what a report that was taken is about; who sent it hears 250 when that is kept."""
         for number, report in enumerate(self._reports.pop(envelope.id, ())):
             kind = str(report.get("event", ""))
             if kind in self._wanted:
-                self._tell(f"{envelope.id}_report-{number}", kind, {**report, "queue_id": envelope.id})
+                self._tell(f"{envelope.id}_report-{number}", kind, {**report, "queue_id": envelope.id}, wait=True)
 
     @hookimpl
     def on_delivery(self, envelope: Any, recipient: Any, outcome: Any, elapsed_s: float) -> None:
         """delivered, deferred."""
         kind = outcome.status.value
         if kind in self._wanted:
-            self._tell(f"{envelope.id}_{recipient.number}_{kind}-{recipient.attempts}", kind, {
+            self._tell(event_id(envelope.id, str(recipient.address), kind, recipient.attempts), kind, {
                 **_about(envelope, recipient), "reply": str(outcome.reply), "remote": outcome.remote, "elapsed_s": round(elapsed_s, 3),
                 "next_attempt_at": recipient.next_attempt_at if kind == "deferred" else None})
 
@@ -563,57 +799,37 @@ class Plugin:
         """bounced."""
         if "bounced" in self._wanted:
             for recipient in recipients:
-                self._tell(f"{envelope.id}_{recipient.number}_bounced", "bounced", {**_about(envelope, recipient), "reply": recipient.last_reply})
+                self._tell(event_id(envelope.id, str(recipient.address), "bounced", recipient.attempts), "bounced",
+                           {**_about(envelope, recipient), "reply": recipient.last_reply})
 
     @hookimpl
     def on_worker_stopping(self, worker: Any) -> None:
-        """Gives the events that wait a moment, then drops them."""
-        if self._senders:
-            gevent.joinall(list(self._senders), timeout=LAST_S)
-            gevent.killall(list(self._senders), block=False)
-        if self._events:
-            self._services.log.warning("webhook events dropped", events=len(self._events))
-            self._events.clear()
+        """Gives the events that wait a moment."""
+        if self._teller is not None:
+            self._teller.stop()
 
-    def _tell(self, id: str, kind: str, data: dict[str, Any]) -> None:
-        """Puts an event into the queue; the oldest makes room where it is full."""
-        at = datetime.fromtimestamp(self._services.clock(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        if len(self._events) >= self._config.events_queue:
-            self._events.popleft()
-            self._services.metrics.counter("webhook_events_dropped").inc()
-        self._events.append(_Event(id, _encode({"id": id, "type": kind, "timestamp": at, "data": data}).encode("utf-8", "replace")))
-        if len(self._senders) < SENDERS:
-            sender = self._services.spawn(self._send_all)
-            self._senders.add(sender)
-            sender.link(self._senders.discard)
+    def close(self) -> None:
+        """What is not told yet is left for another worker."""
+        if self._teller is not None:
+            self._teller.close()
 
-    def _send_all(self) -> None:
-        """Sends what waits, until nothing does."""
-        endpoint = self._told
-        while self._events and endpoint is not None:
-            event = self._events.popleft()
-            for pause_s in (*PAUSES_S, 0.0):
-                event.tries += 1
-                reason = self._send(endpoint, event)
-                if not reason:
-                    break
-                if not pause_s:
-                    self._services.log.warning("webhook event given up", event=event.id, reason=reason)
-                    break
-                gevent.sleep(pause_s)
+    def _tell(self, id: str, kind: str, data: dict[str, Any], *, wait: bool = False) -> None:
+        if self._teller is not None:
+            self._teller.tell(id, self._body(id, kind, self._services.clock(), data), wait=wait)
 
     @staticmethod
-    def _send(endpoint: Endpoint, event: _Event) -> str:
-        """One try; why it is to be tried again, or ""."""
-        mark = {"gmta-attempt": str(event.tries), "gmta-retry": "yes" if event.tries > 1 else "no"}
-        try:
-            answer = endpoint.post(event.id, "application/json", BytesBody(event.body), mark, {"gmta-retry": "yes"})
-        except PostFailed as failure:
-            return failure.reason
-        return f"answered {answer.status}" if answer.status in _AGAIN or answer.status >= 500 else ""
+    def _body(id: str, kind: str, at: float, data: dict[str, Any]) -> bytes:
+        when = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return _encode({"id": id, "type": kind, "timestamp": when, "data": data}).encode("utf-8", "replace")
 
     def _heavy(self, call: Callable[[], Any]) -> Any:
         return self._services.batch("webhook").submit(call)
+
+
+def event_id(queue_id: str, address: str, kind: str, attempts: int) -> str:
+    """What names an event, whoever tells it. attempts: those of the recipient until then."""
+    recipient = hashlib.sha256(address.encode("utf-8", "backslashreplace")).hexdigest()[:12]
+    return f"{queue_id}_{recipient}_{kind}-{attempts}"
 
 
 def _shown_result(result: AuthResult) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Step:
     """What it does with a request: answer `status` with `headers` and `body`; or send `raw` and close; or hang until the peer leaves.
 
     cut: announces so many octets more than it sends, then closes.  unasked: closes the connection after the answer without a word.
-    endless: repeats `body` until the peer leaves.
+    endless: repeats `body` until the peer leaves.  only: the webhook-id that it is for, others get 200.
     """
 
     status: int = 200
@@ -36,6 +36,7 @@ class Step:
     cut: int = 0
     unasked: bool = False
     endless: bool = False
+    only: str = ""
 
 
 class HttpPeer:
@@ -107,6 +108,8 @@ class HttpPeer:
         body = reader.read(int(headers.get("content-length", "0")))
         with self._more:
             step = self.steps[min(len(self.heard), len(self.steps) - 1)]
+            if step.only not in ("", headers.get("webhook-id")):
+                step = Step()
             self.heard.append(Heard(line.split()[1].decode("latin-1"), headers, body, number))
             self._more.notify_all()
         if step.hang:

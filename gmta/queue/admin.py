@@ -150,6 +150,19 @@ class QueueAdmin:
                        connection.execute("SELECT at, kind, data FROM event WHERE message = ? ORDER BY n", (id,))),
                       key=lambda event: event.at)
 
+    def happened(self, since: float, kinds: Iterable[str], limit: int) -> builtins.list[tuple[Event, dict[str, Any]]]:
+        """What became of messages from that time on, oldest first, each with what was noted when its message came. Looks through the
+        whole history."""
+        wanted = json.dumps(builtins.list(kinds))
+        found: builtins.list[tuple[Event, dict[str, Any]]] = []
+        for _, connection in self._shards:
+            rows = connection.execute("SELECT message, at, kind, data FROM event WHERE at >= ? AND kind IN (SELECT value FROM json_each(?)) "
+                                      "ORDER BY at DESC LIMIT ?", (since, wanted, limit)).fetchall()
+            for id, at, kind, data in rows:
+                came = connection.execute("SELECT data FROM event WHERE message = ? AND kind = 'received'", (id,)).fetchone()
+                found.append((Event(id, at, kind, json.loads(data or "{}")), json.loads(came[0] or "{}") if came else {}))
+        return sorted(found, key=lambda pair: pair[0].at)[-limit:]
+
     def retry(self, ids: Iterable[str] = (), **choice: Any) -> int:
         """Makes waiting recipients due now; how many messages have some. choice: domain, sender, all."""
         return self._change(ids, choice, "retried", "next_attempt_at = 0", "r.status = 'queued'")

@@ -188,6 +188,38 @@ def test_killed_workers_lose_nothing(gmta: Gmta, peer: HttpPeer) -> None:
     assert set(acknowledged) <= seen.keys()
 
 
+def test_killed_workers_lose_no_event(gmta: Gmta, peer: HttpPeer) -> None:
+    """Whatever moment a worker dies in: each recipient's end is told, under one id, and what is told again is marked."""
+    peer.steps = [Step(503)] * 10 + [Step(200)]
+    serve(gmta, peer, plugins="mailboxes webhook", extra=f"""
+[plugin:webhook]
+events_url = {peer.url('/events')}
+events = delivered
+secret = {SECRET}
+allow_private = yes
+ca_file = ca.pem
+""")
+    sent = 0
+    for _ in range(3):
+        with smtplib.SMTP("127.0.0.1", gmta.port, timeout=30) as client:
+            client.ehlo("client.example")
+            for _ in range(30):
+                client.sendmail("sender@example.test", [f"joe{sent}@example.test"], MAIL)
+                sent += 1
+        (worker,) = workers(gmta)
+        os.kill(worker, signal.SIGKILL)
+        until(lambda gone=worker: gone not in workers(gmta) and len(workers(gmta)) == 1, "another worker")
+    until(lambda: not queued(gmta), "end of the queue")
+    until(lambda: len({one.headers["webhook-id"] for one in peer.heard}) >= sent, "every event")
+    told: dict[str, str] = {}
+    for one in peer.heard:
+        data = json.loads(one.body)["data"]
+        assert one.headers["webhook-id"] not in told or one.headers["gmta-retry"] == "yes"
+        told[one.headers["webhook-id"]] = data["recipient"]
+    assert sorted(told.values()) == sorted(f"joe{number}@example.test" for number in range(sent))
+    assert gmta.stop() == 0
+
+
 def workers(gmta: Gmta) -> list[int]:
     assert gmta.process is not None
     found = []

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import email
 import email.policy
+import gc
 import json
+import os
 import random
 import ssl
 from base64 import b64decode
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from email.utils import format_datetime
@@ -23,7 +26,9 @@ from urllib3.exceptions import ProtocolError
 from gmta import Delivery
 from gmta.mail.message import Message
 from gmta.mail.verdict import Kind, Outcome, Status, deferred, delivered
+from gmta.queue.store import Event
 from gmta.services.dns import is_public
+from gmta.services.outbox import Outbox
 from gmta.services.webhooks import Secrets, split_url
 from gmta.testing.authority import Authority
 from gmta.testing.fakes import (
@@ -37,7 +42,7 @@ from gmta.testing.fakes import (
     make_transaction,
 )
 from gmta.testing.zone import Zone
-from gmta_plugins.webhook import Config, Plugin, TransportConfig, Webhook, request_id
+from gmta_plugins.webhook import Config, Plugin, TransportConfig, Webhook, event_id, request_id
 from tests.http_peer import HttpPeer, Step
 
 ROOT = Path(__file__).parents[2]
@@ -532,3 +537,159 @@ def test_event_is_tried_again_and_a_full_queue_drops_the_oldest(peers: Make, mon
     found = events(peer, 3)
     assert {one["data"]["recipient"] for one in found} == {"joe@example.test"} and len({one["id"] for one in found}) == 1
     assert [one.headers["gmta-retry"] for one in peer.heard] == ["no", "yes", "yes"]
+
+
+def heard(peer: HttpPeer, count: int, *, different: bool = False) -> list[bytes]:
+    """The bodies that a peer has heard, once there are so many (of different ids), while the loop runs."""
+    import gevent
+
+    with gevent.Timeout(20):
+        while len({one.headers["webhook-id"] for one in peer.heard} if different else peer.heard) < count:
+            gevent.sleep(0.001)
+    return [one.body for one in peer.heard]
+
+
+class Worker:
+    """What the plugin asks a worker for. rows: of the queue's history."""
+
+    def __init__(self, *rows: tuple[Event, dict[str, Any]]) -> None:
+        self.rows = list(rows)
+        self.since: list[float] = []
+
+    def happened(self, since: float, kinds: list[str], limit: int) -> list[tuple[Event, dict[str, Any]]]:
+        self.since.append(since)
+        return [row for row in self.rows if row[0].kind in kinds][:limit]
+
+
+def teller(peer: HttpPeer, tmp_path: Path, worker: Worker, **keys: Any) -> tuple[Any, Any]:
+    """(plugin, its services) with a worker that has started; data_dir is the same each time."""
+    services = make_services({"gmta": {"data_dir": str(tmp_path)}})
+    plugin = Plugin(Config(events_url=peer.url(), allow_private=True, **keys), services)
+    plugin.on_worker_started(worker)
+    return plugin, services
+
+
+def died(services: Any) -> None:
+    """Lets go of the file as the end of a process does, in no order."""
+    outbox = next(one for one in gc.get_objects() if isinstance(one, Outbox) and one._batch is services.batch("outbox:events"))
+    outbox._batch.submit(lambda: os.close(outbox._file))
+
+
+def numbered(number: int) -> Any:
+    """An envelope with an id of its own."""
+    return replace(make_envelope(), id=f"{number:016d}")
+
+
+def test_what_a_dead_worker_had_to_tell_is_told(peers: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gmta_plugins.webhook.MOMENT_S", 0.0)
+    down = peers(Step(503))
+    first, first_services = teller(down, tmp_path, Worker())
+    envelope = make_envelope(recipients=("user@example.test", "joe@example.test"))
+    known, missed = envelope.recipients
+    known.attempts = missed.attempts = 1
+    first.on_delivery(envelope, known, delivered("ok", remote="mx.example"), 0.5)
+    heard(down, 1)
+    first._teller.closed = True
+    died(first_services)
+
+    peer = peers()
+    history = [(Event(envelope.id, 5.0, "delivered", {"to": str(one.address), "attempts": 1, "transport": "out", "reply": "250 ok"}),
+                {"sender": "ann@sender.example"}) for one in envelope.recipients]
+    history.append((Event("0000000000000001", 6.0, "failed", {"to": "x@y.example", "attempts": 3, "reply": "550 no"}), {}))
+    worker = Worker(*history)
+    second, services = teller(peer, tmp_path, worker)
+    found = {one["data"]["recipient"]: (one["id"], one["type"], one["data"]) for one in map(json.loads, heard(peer, 3))}
+    assert {key: value[1] for key, value in found.items()} == {"user@example.test": "delivered", "joe@example.test": "delivered", "x@y.example": "bounced"}
+    assert found["user@example.test"][0] == down.heard[0].headers["webhook-id"]  # the same event
+    assert found["user@example.test"][2]["remote"] == "mx.example" and found["joe@example.test"][2]["sender"] == "ann@sender.example"
+    assert found["joe@example.test"][0] == event_id(envelope.id, "joe@example.test", "delivered", 1)
+    assert {one.headers["gmta-retry"] for one in peer.heard} == {"yes"}
+    assert worker.since and services.log.of("webhook events taken over") == [{"waiting": 1, "from_history": 2}]
+    second.on_worker_stopping(worker)
+    second.close()
+
+
+def test_what_a_worker_that_left_has_not_told_is_for_the_next(peers: Make, tmp_path: Path) -> None:
+    down = peers(Step(503))
+    first, _ = teller(down, tmp_path, Worker())
+    first.on_bounced(make_envelope(), make_envelope().recipients)
+    heard(down, 1)
+    first.close()
+    peer = peers()
+    worker = Worker()
+    second, _ = teller(peer, tmp_path, worker)
+    assert json.loads(heard(peer, 1)[0])["type"] == "bounced" and not worker.since  # it left in order: nothing is missing
+    second.close()
+
+
+def test_a_report_is_kept_before_its_sender_hears_so(peers: Make, tmp_path: Path) -> None:
+    plugin, services = teller(peers(Step(503)), tmp_path, Worker())
+    transaction = make_transaction()
+    transaction.notes["report"] = [{"event": "complained", "recipient": "x@y.example"}]
+    plugin.check_message(make_session(), transaction, make_message())
+    plugin.on_queued(replace(make_envelope(), id=transaction.id))
+    (file,) = (services.config.gmta.data_dir / Path("events")).iterdir()
+    assert b'"recipient":"x@y.example"' in file.read_bytes()
+    plugin.close()
+
+
+def test_while_the_endpoint_is_down_one_event_asks_and_nothing_is_given_up(peers: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gevent
+
+    monkeypatch.setattr("gmta_plugins.webhook.DOWN_S", (0.001,))
+    peer = peers(*[Step(503)] * 20, Step(200))
+    services = make_services()
+    plugin = Plugin(Config(events_url=peer.url(), allow_private=True), services)
+    for number in range(12):
+        envelope = numbered(number)
+        plugin.on_delivery(envelope, envelope.recipients[0], delivered("ok"), 0.1)
+    gevent.wait(timeout=10)
+    taken = [one.headers["webhook-id"] for one in peer.heard[20:]]
+    assert len(taken) == len(set(taken)) == 12 and len(peer.heard) == 32
+    assert len(services.log.of("webhook events in trouble")) == 1 and not services.log.of("webhook event given up")
+
+
+def test_an_endpoint_that_stays_down_has_its_time(peers: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gevent
+
+    monkeypatch.setattr("gmta_plugins.webhook.DOWN_S", (0.001,))
+    services = make_services()
+    peer = peers(Step(503))
+    plugin = Plugin(Config(events_url=peer.url(), allow_private=True, events_lifetime=60), services)
+    plugin.on_bounced(make_envelope(), make_envelope().recipients)
+    heard(peer, 3)
+    services.clock.advance(61)
+    gevent.wait(timeout=10)
+    assert len(services.log.of("webhook event given up")) == 1
+
+
+def test_an_event_that_is_refused_is_said_so(peers: Make) -> None:
+    import gevent
+
+    services = make_services()
+    plugin = Plugin(Config(events_url=peers(Step(404)).url(), allow_private=True), services)
+    plugin.on_bounced(make_envelope(), make_envelope().recipients)
+    gevent.wait(timeout=5)
+    assert services.log.of("webhook event refused")[0]["reason"] == "answered 404"
+
+
+def test_an_event_that_breaks_the_endpoint_holds_up_no_other(peers: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the endpoint always hangs up on is not what it is probed with for ever."""
+    import gevent
+
+    monkeypatch.setattr("gmta_plugins.webhook.DOWN_S", (0.001,))
+    monkeypatch.setattr("gmta_plugins.webhook.SENDERS", 1)
+    poison = event_id(make_envelope().id, "user@example.test", "delivered", 1)
+    peer = peers(Step(raw=b"", only=poison))
+    services = make_services()
+    plugin = Plugin(Config(events_url=peer.url(), allow_private=True, events_lifetime=3600), services)
+    first = make_envelope(recipients=("user@example.test",))
+    first.recipients[0].attempts = 1
+    plugin.on_delivery(first, first.recipients[0], delivered("ok"), 0.1)
+    for number in range(5):
+        envelope = numbered(number)
+        plugin.on_delivery(envelope, envelope.recipients[0], delivered("ok"), 0.1)
+    heard(peer, 6, different=True)
+    services.clock.advance(3601)
+    gevent.wait(timeout=10)
+    assert [one["event"] for one in services.log.of("webhook event given up")] == [poison]
