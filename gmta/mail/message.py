@@ -14,7 +14,7 @@ from io import IncrementalNewlineDecoder
 CHUNK = 256 * 1024
 
 _FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
-_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:(?:.*?)(?:\r\n|\n|\Z)(?:[ \t].*?(?:\r\n|\n|\Z))*", re.S)
+_FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:(?:.*?)(?:\r\n|\n|\Z)(?:[ \t].*?(?:\r\n|\n|\Z))*", re.S | re.M)
 
 
 class MemoryBody:
@@ -101,8 +101,17 @@ class Message:
 
     def values(self, name: str) -> list[bytes]:
         """Raw values of all fields of that name, from the top, still folded, without the final CRLF."""
-        wanted = name.lower()
-        return [raw.partition(b":")[2].strip(b"\r\n").lstrip(b" \t") for field, raw in self.fields() if field.lower() == wanted]
+        header = self.header
+        key = b"\n" + name.lower().encode("ascii")
+        lower = b"\n" + header.lower()  # so that an index in it is that of the field in `header`
+        found = []
+        at = lower.find(key)
+        while at >= 0:
+            match = _FIELD.match(header, at)
+            if match is not None and len(match[1]) == len(key) - 1:
+                found.append(match[0].partition(b":")[2].strip(b"\r\n").lstrip(b" \t"))
+            at = lower.find(key, at + 1)
+        return found
 
     def count(self, name: str) -> int:
         """How many fields have that name, without splitting the rest."""
@@ -112,7 +121,12 @@ class Message:
 
     def drop(self, doomed: frozenset[tuple[str, bytes]]) -> None:
         """Removes the given (name, raw) fields whole."""
-        self._raw_header = b"".join(raw for pair in self.fields() for raw in (pair[1],) if pair not in doomed)
+        header, kept, at = self.header, [], 0
+        for match in _FIELD.finditer(header):
+            if (match[1].decode("ascii"), match[0]) in doomed:
+                kept.append(header[at:match.start()])
+                at = match.end()
+        self._raw_header = b"".join(kept) + header[at:]
 
     def chunks(self, size: int = CHUNK) -> Iterator[bytes]:
         """The whole message in pieces; raises OSError where the body is a file that can't be read."""
