@@ -103,6 +103,7 @@ class Scheduler:
         self.router = Router(config, plugins)
         self.lanes = Lanes(config, self._transports, self._run, self._give_back, self._look, self._clock, self._exchangers)
         self._waiting = 0  # recipients in lanes
+        self._stored = 0  # those of them that the store gave
         self._running = 0  # recipients being delivered
         self._octets = 0
         self._left_in_store = False
@@ -145,6 +146,9 @@ class Scheduler:
             self._report_expansion(envelope, message)
         if self._stopping or self._store_failing or self._waiting > 4 * self._window or self._octets > MEMORY_BYTES:
             self._left_in_store = True
+            if not self._plugins.has("get_route"):  # a hook may take its time, and is asked when there is room
+                for recipient in envelope.recipients:
+                    self._route(envelope, recipient, message)  # the store finds what is due lane by lane, where it knows them
             self._release(envelope)
             return
         self._dispatch(envelope, message)
@@ -210,6 +214,8 @@ class Scheduler:
             job.octets = octets
             self._octets += octets
             self._waiting += len(job.recipients)
+            if job.message is None:
+                self._stored += len(job.recipients)
         else:
             self._left_in_store = True
             if job.message is None:
@@ -218,13 +224,19 @@ class Scheduler:
 
     def _most(self) -> int:
         """Jobs that may wait in one lane: many while memory is free, few when it is not, so that there is room for other lanes."""
-        return max(2, (self._window - self._waiting) // 2)
+        return max(2, (self._window - self._stored) // 2)
 
     def _give_back(self, lane: Lane, job: Job) -> None:
         """Takes a job out of memory whose lane was closed: no attempt is counted."""
-        self._waiting -= len(job.recipients)
+        self._leave(job)
         self._octets -= job.octets
         self._hand_back(lane, job)
+
+    def _leave(self, job: Job) -> None:
+        """A job waits no more."""
+        self._waiting -= len(job.recipients)
+        if job.message is None:
+            self._stored -= len(job.recipients)
 
     def _hand_back(self, lane: Lane, job: Job) -> None:
         reason = self.lanes.reason(lane)
@@ -288,21 +300,21 @@ class Scheduler:
         self._taken = self._done_since = 0
         if self._store_failing:
             return
-        while self._waiting < self._window and not self._stopping:
+        while self._stored < self._window and not self._stopping:  # what is fresh holds up nothing here
             if not self._left_in_store:
                 due_at = store.next_due_at()
                 if due_at is None or due_at > now:
                     return
             most = self._most()
             busy, probing, full = self.lanes.rooms(most)
-            envelopes = store.due(now, min(self._window - self._waiting, 200), busy, probing, most)
+            envelopes = store.due(now, min(self._window - self._stored, 200), busy, probing, most)
             self._left_in_store = full or bool(envelopes)
             if not envelopes:
                 return
-            before = self._waiting
+            before = self._stored
             for envelope in envelopes:
                 self._dispatch(envelope, None)
-            self._taken += max(0, self._waiting - before)
+            self._taken += max(0, self._stored - before)
             if self._sorted >= SORTED_A_TICK and self._waiting:
                 return  # the rest learns its lanes later: those that have room are at work meanwhile
 
@@ -362,7 +374,7 @@ class Scheduler:
 
     def _run(self, lane: Lane, job: Job) -> Health:
         """One attempt, on behalf of its lane: deliver, then settle."""
-        self._waiting -= len(job.recipients)
+        self._leave(job)
         self._running += len(job.recipients)
         try:
             return self._attempt(lane, job)

@@ -624,6 +624,64 @@ def test_mail_learns_in_portions_that_its_lane_is_full(world: Callable[..., Worl
     assert len(it.transport.seen) == 91 and len({delivery.envelope.id for delivery in it.transport.seen}) == 91
 
 
+@pytest.mark.parametrize("hooks", [{}, {"get_route": lambda envelope, recipient: None}])
+def test_mail_that_finds_no_room_in_memory_leaves_its_lane_to_the_store(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch,
+                                                                        hooks: dict[str, Any]) -> None:
+    """So that nobody waits behind what waits for a full lane; a hook may take its time and is asked later, as one of many."""
+    gate = Signal()
+
+    class Slow(HopTransport):
+        def deliver(self, delivery: Any) -> dict[int, Outcome]:
+            if delivery.next_hop == "slow.example":
+                gate.wait()
+            return super().deliver(delivery)
+
+    monkeypatch.setattr("gmta.deliver.scheduler.SORTED_A_TICK", 20)
+    monkeypatch.setattr("gmta.deliver.scheduler.MEMORY_BYTES", 10 * MESSAGE.size)
+    it = world(Slow(), window=10, hooks=hooks, route={"*": "out", "held.example": "hold", "failed.example": "fail"})
+    slow = [it.send(f"u{n}@slow.example") for n in range(200)]
+    others = [it.send(f"x@{kind}.example") for kind in ("held", "failed", "fast")]
+    assert it.scheduler._waiting <= 11
+    assert routed(it, slow) == (0 if hooks else 189)
+    assert [state.status for other in others for state in it.store.all_recipients(other.id)] == ["queued"] * 3
+    it.scheduler._tick()
+    it.scheduler._take()
+    if not hooks:
+        with gevent.Timeout(5):
+            while it.store.message(others[2].id) is not None:
+                gevent.sleep(0.001)
+    gate.set()
+    for _ in range(40):
+        it.later(0)
+    assert len(it.transport.seen) == 202  # and the report of the failure
+    assert [state.status for other in others for state in it.store.all_recipients(other.id)] == ["held"]
+
+
+def test_fresh_mail_of_a_slow_lane_keeps_nothing_in_the_store(world: Callable[..., World]) -> None:
+    gate = Signal()
+
+    class Slow(HopTransport):
+        def deliver(self, delivery: Any) -> dict[int, Outcome]:
+            if delivery.next_hop == "slow.example":
+                gate.wait()
+            return super().deliver(delivery)
+
+    it = world(Slow(), window=10)
+    for n in range(60):
+        it.send(f"u{n}@slow.example")
+    again = it.put_away("x@fast.example", last_reply="450 later")
+    it.scheduler._tick()
+    it.scheduler._take()
+    with gevent.Timeout(5):
+        while it.store.message(again) is not None:
+            gevent.sleep(0.001)
+    assert 20 <= it.scheduler._waiting <= 45
+    gate.set()
+    for _ in range(20):
+        it.later(0)
+    assert len(it.transport.seen) == 61 and it.scheduler._stored == it.scheduler._waiting == 0
+
+
 def test_a_closed_lane_stops_nobody_where_nothing_else_waits(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gmta.deliver.scheduler.SORTED_A_TICK", 20)
     down = deferred("down", enhanced="4.4.1", recipient_fault=False)
