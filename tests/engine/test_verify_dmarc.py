@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gmta.services.dns import Answer, Status
 from gmta.testing.zone import Zone
 from gmta.verify import Lookups
-from gmta.verify.dmarc import MAX_AUTHORS, POLICIES, Authors, DmarcResult, authors_of, evaluate, parse
+from gmta.verify.dmarc import MAX_AUTHORS, POLICIES, Authors, DmarcResult, _domains, _name, authors_of, evaluate, parse
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = json.loads((DATA / "dmarc.json").read_text())
@@ -247,6 +247,14 @@ def test_from(value: str, domains: str, good: bool) -> None:
     assert authors.domains == tuple(domains.split())
     assert (authors.problem == "") is good
     assert not authors.excessive
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(["a", "B c", ".", " ", "@", "<", ">", "<a@", "example.com>", '"', '"x, y"', "\\", "(", ")", ",", ":", ";", "=?q?=", "\u00fc",
+                                 "\r\n ", "-", "example.org"]), max_size=8).map("".join))
+def test_the_short_way_for_plain_fields_reads_what_the_long_one_does(value: str) -> None:
+    expected = [domain for domain in map(_name, _domains(value)) if domain]
+    assert authors_of([value.encode()]).domains == tuple(dict.fromkeys(expected))
 
 
 def test_several_authors_take_the_strictest_policy_and_never_pass() -> None:
