@@ -30,6 +30,7 @@ SOURCE_PATH = ":".join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", *sorte
 DOMAIN, SELECTOR = "load.example", "s2048"
 SPREAD = 50  # domains, each with an MX host of its own
 SPREAD_NET = "127.0.58"
+SIGNATURES = 50  # of a stranger's message in deaf
 
 
 def program(name: str) -> str:
@@ -317,7 +318,8 @@ class Signature:
         signature = dkim.sign(text.encode(), SELECTOR.encode(), DOMAIN.encode(), private, canonicalize=(b"relaxed", b"relaxed"),
                               include_headers=[name.lower().encode() for name in fields])
         self.message = directory / "signed.eml"
-        self.message.write_bytes((signature + text.encode()).replace(b"\r\n", b"\n"))
+        self._signature, self._text = signature, text.encode()
+        self.message.write_bytes((signature + self._text).replace(b"\r\n", b"\n"))
         self.message.chmod(0o644)
 
     def records(self) -> list[str]:
@@ -328,11 +330,10 @@ class Signature:
                 f'mx.{DOMAIN}. IN TXT "v=spf1 a -all"', f"mx.{DOMAIN}. IN A 127.0.0.1", f"{DOMAIN}. IN MX 10 mx.{DOMAIN}."]
 
     def strange(self, number: int) -> tuple[str, bytes]:
-        """(sender, message with CRLF) of the same kind from a domain of its own: each has names of its own to ask for."""
+        """(sender, message with CRLF) of a domain of its own, with SIGNATURES signatures whose keys it would take as many questions to have."""
         domain = f"s{number}.{DOMAIN}"
-        header, _, body = self.message.read_bytes().partition(b"\n\n")
-        text = header.replace(DOMAIN.encode(), domain.encode()) + b"\n\n" + body
-        return f"load@{domain}", text.replace(b"\n", b"\r\n")
+        fields = b"".join(self._signature.replace(SELECTOR.encode(), f"{SELECTOR}-{one}".encode()) for one in range(SIGNATURES))
+        return f"load@{domain}", (fields + self._text).replace(DOMAIN.encode(), domain.encode())
 
 
 class Database:

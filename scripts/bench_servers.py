@@ -131,7 +131,7 @@ class Gmta(Server):
         if setup.names is not None:
             more += f"[dns]\nservers = {setup.names.address}\n"
         if setup.database is not None:
-            more += f"[queue]\nstore = {setup.database.url}\n"
+            more += f"[queue]\nstore = {setup.database.url}\nnode = n{node + 1}\n"
         path = self.directory / f"config{node + 1}.ini"
         path.touch(mode=0o600)
         path.write_text(f"""
