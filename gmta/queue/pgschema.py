@@ -47,7 +47,23 @@ CREATE TABLE counter(name text COLLATE "C" PRIMARY KEY, value bigint NOT NULL);
 INSERT INTO counter VALUES ('changes', 0);
 """
 
-MIGRATIONS: tuple[str, ...] = (_QUEUE,)
+_SHARED = """
+CREATE TABLE node(name text COLLATE "C" PRIMARY KEY, draining boolean NOT NULL DEFAULT false);
+CREATE UNLOGGED TABLE state(key text COLLATE "C" PRIMARY KEY, value text, number double precision, expires_at double precision NOT NULL)
+  WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 2000);
+CREATE INDEX state_expiry ON state(expires_at);
+CREATE TABLE duty(name text COLLATE "C" PRIMARY KEY, due_at double precision NOT NULL);
+CREATE TABLE lane_limit(name text COLLATE "C" PRIMARY KEY, next_at double precision NOT NULL, used_at double precision NOT NULL)
+  WITH (fillfactor = 20, autovacuum_vacuum_threshold = 500);
+CREATE TABLE lane_holder(name text COLLATE "C" NOT NULL, worker text COLLATE "C" NOT NULL, held integer NOT NULL, want integer NOT NULL,
+  since double precision NOT NULL, until double precision NOT NULL, PRIMARY KEY(name, worker)) WITH (fillfactor = 20, autovacuum_vacuum_threshold = 500);
+CREATE INDEX lane_holder_worker ON lane_holder(worker);
+CREATE TABLE lane_closed(name text COLLATE "C" PRIMARY KEY, failures integer NOT NULL, until double precision NOT NULL, said text NOT NULL,
+  worker text NOT NULL, changed_at double precision NOT NULL, prober text NOT NULL, probe_until double precision NOT NULL);
+CREATE INDEX lane_closed_change ON lane_closed(changed_at);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_QUEUE, _SHARED)
 
 RECIPIENT = schema.RECIPIENT
 ENVELOPE = "m.id, m.sender, m.size, m.received_at, m.data, m.total"

@@ -248,6 +248,10 @@ class SqliteStore:
                 f"SELECT {schema.RECIPIENT} FROM recipient r WHERE message = ? ORDER BY number", (queue_id,))])
         return found
 
+    def holds(self, queue_id: str) -> bool:
+        """See Store.holds: nobody takes a claim from a process that lives."""
+        return queue_id in self._claims
+
     def changed_outside(self) -> bool:
         """See Store.changed_outside."""
         return bool(self._submit(self._changed))

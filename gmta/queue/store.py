@@ -1,9 +1,10 @@
 """The Store: what the rest of gmta knows of the durable queue, written for two kinds of it.
 
-SQLite shards (one worker the only writer of each) now, one PostgreSQL for several machines later; so nothing above assumes
+SQLite shards (one worker the only writer of each), and one PostgreSQL for several machines; so nothing above assumes
 one process or one file. A claim is a lease: recipients handed out by `due` (and those of a message just `put`) belong to
-the caller until `record` or `release`, or until its lease dies with it.
-Failure: every method raises StoreError; StoreFull (no room) asks for 452 4.3.1 and for patience.
+the caller until `record` or `release`, or until its lease ends: with the process, or when a node was not heard of for so long that
+another has taken over. A result of a claim that was lost changes nothing of what the other does, and raises nothing.
+Failure: every method raises StoreError, at once where the store is known to be down; StoreFull (no room) asks for 452 4.3.1 and for patience.
 """
 
 from __future__ import annotations
@@ -77,6 +78,9 @@ class Store(Protocol):
     def release(self, envelope: Envelope) -> None:
         """Gives back claims unused; where a recipient was to go meanwhile (transport, next hop) and its last reply are kept."""
 
+    def holds(self, queue_id: str) -> bool:
+        """Whether a message that the caller has claimed is still its own: asked before each attempt; cheap."""
+
     def message(self, queue_id: str) -> Message | None:
         """The octets of a queued message, or None if it left the queue."""
 
@@ -93,7 +97,7 @@ class Store(Protocol):
         """Path for a large message's file, not created yet; `put` of a message whose body is that file keeps it."""
 
     def has_room(self, size_bytes: int) -> bool:
-        """Whether there is room for intake, at message size limit `size_bytes` (cheap, cached)."""
+        """Whether there is room for intake, at message size limit `size_bytes` (cheap, cached); raises StoreError where it is down."""
 
     def publish(self, state: dict[str, Any] | None) -> None:
         """Shows operators what this store's worker has under way (JSON-able), until the next call or its end; never fails."""

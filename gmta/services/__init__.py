@@ -67,7 +67,7 @@ class Services:
         if self._database is None and url != "sqlite":
             from gmta.services.postgres import Database
 
-            self._database = Database(url, name=f"gmta {self.node}/{os.getpid()}", log=self.log)
+            self._database = Database(url, name=f"{self.node}/{os.getpid()}", log=self.log)
         return self._database
 
     @property

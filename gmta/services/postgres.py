@@ -56,41 +56,38 @@ class Connection(psycopg.Connection[Any]):
 
     def wait(self, gen: Any, interval: float = 0.0, timeout: float | None = None) -> Any:
         """Drives one of psycopg's exchanges with the server."""
+        hub = get_hub()
+        watcher, flags = None, 0
+        timer = hub.loop.timer(timeout if timeout is not None else ANSWER_S)
         try:
             wanted = next(gen)
-            hub = get_hub()
-            descriptor = self.pgconn.socket
-            timer = hub.loop.timer(timeout if timeout is not None else ANSWER_S)
-            watcher, flags = None, 0
-            try:
-                while True:
-                    waiter: Waiter[Any] = Waiter(hub)
-                    if watcher is None or flags != wanted:
-                        if watcher is not None:
-                            watcher.stop()
-                            watcher.close()
-                        flags = int(wanted)  # psycopg's R and W are libev's READ and WRITE
-                        watcher = hub.loop.io(descriptor, flags)
-                    timer.again(waiter.switch, 0)
-                    watcher.start(waiter.switch, pass_events=True)
+            while True:
+                waiter: Waiter[Any] = Waiter(hub)
+                if watcher is None or flags != wanted:
+                    if watcher is not None:
+                        watcher.close()
+                    flags = int(wanted)  # psycopg's R and W are libev's READ and WRITE
+                    watcher = hub.loop.io(self.pgconn.socket, flags)
+                watcher.start(waiter.switch, pass_events=True)
+                timer.start(waiter.switch, 0)
+                try:
                     got = waiter.get()
+                except BaseException:
+                    self.pgconn.finish()  # the answer is still to come: nothing else can use this connection
+                    raise
+                finally:
                     watcher.stop()
-                    if not got:
-                        raise psycopg.OperationalError("the database gives no answer")
-                    wanted = gen.send(got[0] & flags if isinstance(got, tuple) else got & flags)
-            finally:
-                timer.stop()
-                timer.close()
-                if watcher is not None:
-                    watcher.stop()
-                    watcher.close()
+                    timer.stop()
+                if not got:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError("the database gives no answer")
+                wanted = gen.send(got & flags)
         except StopIteration as done:
             return done.value
-        except errors.Error:
-            raise
-        except BaseException:
-            self.pgconn.finish()  # the answer is still to come: nothing else can use this connection
-            raise
+        finally:
+            timer.close()
+            if watcher is not None:
+                watcher.close()
 
 
 def parameters(url: str, name: str) -> dict[str, Any]:
@@ -117,7 +114,7 @@ def is_lost(error: BaseException, connection: psycopg.Connection[Any] | None = N
 
 
 class Database:
-    """One PostgreSQL, as a worker sees it. name: of the worker, for pg_stat_activity."""
+    """One PostgreSQL, as a worker sees it. name: of the worker, for pg_stat_activity behind `gmta`."""
 
     def __init__(self, url: str, *, name: str, log: Log, size: int = SIZE) -> None:
         self.url = url
@@ -131,12 +128,12 @@ class Database:
         self._listeners: list[gevent.Greenlet] = []
         self._closed = False
 
-    def connect(self, name: str = "") -> Connection:
-        """A connection of the caller's own, in autocommit; raises DatabaseDown. name: added to the worker's."""
+    def connect(self, purpose: str = "") -> Connection:
+        """A connection of the caller's own, in autocommit; raises DatabaseDown. purpose: put before the worker's name."""
         if self._closed:
             raise DatabaseDown("closed")
         try:
-            given = _resolved(parameters(self.url, f"{self.name}{name}"))
+            given = _resolved(parameters(self.url, f"gmta {purpose}{self.name}"))
             connection = Connection.connect(autocommit=True, prepare_threshold=1, **given)
             try:
                 prepare(connection)
@@ -222,7 +219,7 @@ class Database:
         while not self._closed:
             self.wait_until_up(60.0)
             try:
-                with self.connect("/listen") as connection:
+                with self.connect("listener ") as connection:
                     connection.add_notify_handler(lambda notify: heard(notify.payload))
                     connection.execute(psycopg.sql.SQL("LISTEN {}").format(psycopg.sql.Identifier(channel)))
                     heard("")  # something may have been said meanwhile
@@ -287,15 +284,27 @@ class Gather:
                 results = self._run([item for item, _ in pairs])
             except Exception as error:
                 results = [error] * len(pairs)
-            for (_, waiter), result in zip(pairs, results, strict=True):
-                if waiter is not None:
-                    waiter.switch(result)
+            get_hub().loop.run_callback(_tell, [(waiter, result) for (_, waiter), result in zip(pairs, results, strict=True) if waiter is not None])
         self._greenlet = None
+
+    def refuse(self, wanted: Callable[[Any], bool], error: Exception) -> None:
+        """Takes out of the line what `wanted` says: its callers get `error`."""
+        kept = [pair for pair in self._waiting if not wanted(pair[0])]
+        refused = [pair for pair in self._waiting if wanted(pair[0])]
+        self._waiting.clear()
+        self._waiting.extend(kept)
+        get_hub().loop.run_callback(_tell, [(waiter, error) for _, waiter in refused if waiter is not None])
 
     def flush(self) -> None:
         """Blocks until all that was handed in is done."""
         while self._greenlet is not None:
             self._greenlet.join()
+
+
+def _tell(answers: list[tuple[Waiter[Any], Any]]) -> None:
+    """In the hub: wakes the greenlets whose items are done."""
+    for waiter, result in answers:
+        waiter.switch(result)
 
 
 # --- arrays, in the server's binary form: a column of a batch is one parameter ------------------------------------------

@@ -209,6 +209,10 @@ class MemoryStore:
                 kept = self.messages[envelope.id].recipients[state.number]
                 kept.transport, kept.next_hop, kept.last_reply = state.transport, state.next_hop, state.last_reply
 
+    def holds(self, queue_id: str) -> bool:
+        """Whether any recipient is claimed."""
+        return any(claimed == queue_id for claimed, _ in self._claimed)
+
     def message(self, queue_id: str) -> Message | None:
         """A queued message."""
         raw = self._octets.get(queue_id)
