@@ -31,7 +31,7 @@ from gmta.queue import maildrop  # noqa: E402
 from gmta.queue.admin import QueueAdmin  # noqa: E402
 from gmta.queue.ids import IdSource  # noqa: E402
 from gmta.queue.sqlite import SqliteStore  # noqa: E402
-from gmta.queue.store import Event  # noqa: E402
+from gmta.queue.store import Event, Store  # noqa: E402
 from gmta.receive.connection import Connection  # noqa: E402
 from gmta.receive.limits import ConnectionLimits, within  # noqa: E402
 from gmta.receive.pickup import Pickup  # noqa: E402
@@ -59,8 +59,7 @@ class Worker:
         self.services = Services(config, self.log, self.metrics, resolver=Resolver.configured(config))
         self.plugins = PluginManager(config, self.services, self.log, self.metrics)
         self.ids = IdSource(self.services.clock)
-        self.store = SqliteStore(os.path.join(config.gmta.data_dir, "queue"), instance_tag=self.ids.tag, log=self.log,
-                                 history_s=config.queue.history, message_limit=config.limits.message_size)
+        self.store = self._open_store()
         self.scheduler = Scheduler(config, self.store, self.plugins, self.services, self.ids)
         self.pipeline = Pipeline(config, self.plugins, self.store, self.services, self.ids, self.scheduler.accept)
         self.pickup = Pickup(os.path.join(config.gmta.data_dir, maildrop.DIRECTORY), os.path.join(config.gmta.data_dir, "queue"), self.pipeline,
@@ -86,6 +85,18 @@ class Worker:
             if number == 0:
                 self._acme = acme.Acme(config, self.services, [sock for name, sock in sockets if name == ACME])
 
+    def _open_store(self) -> Store:
+        """The queue that [queue] store names."""
+        config, services = self.config, self.services
+        directory = os.path.join(config.gmta.data_dir, "queue")
+        if services.database is None:
+            return SqliteStore(directory, instance_tag=self.ids.tag, log=self.log, history_s=config.queue.history,
+                               message_limit=config.limits.message_size)
+        from gmta.queue.postgres import PostgresStore
+
+        return PostgresStore(services.database, directory, node=services.node, log=self.log, history_s=config.queue.history,
+                             message_limit=config.limits.message_size, lease_s=config.queue.lease)
+
     def run(self, beat: int, life: int) -> None:
         """Serves until SIGTERM or until the supervisor is gone. beat: pipe to write to; life: pipe that ends with the supervisor."""
         gevent.signal_handler(signal.SIGTERM, self._stopping.set)
@@ -93,6 +104,7 @@ class Worker:
         gevent.signal_handler(signal.SIGHUP, lambda: None)
         gevent.signal_handler(signal.SIGUSR1, self.log.reopen)
         self.scheduler.start()
+        self.store.listen(self.scheduler.look)
         self.pickup.start()
         acceptors = [gevent.spawn(self._accept, name, sock) for name, sock in self._sockets]
         if life >= 0:

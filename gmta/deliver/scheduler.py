@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import gevent
@@ -101,7 +101,7 @@ class Scheduler:
         self._window = int(queue.window)
         self._transports: dict[str, Any] = plugins.transports
         self.router = Router(config, plugins)
-        self.lanes = Lanes(config, self._transports, self._run, self._give_back, self._look, self._clock, self._exchangers)
+        self.lanes = Lanes(config, self._transports, self._run, self._give_back, self.look, self._clock, self._exchangers)
         self._waiting = 0  # recipients in lanes
         self._stored = 0  # those of them that the store gave
         self._running = 0  # recipients being delivered
@@ -245,8 +245,8 @@ class Scheduler:
                 recipient.last_reply = reason[:MAX_SAID]
         self._release(Envelope(job.envelope.id, job.envelope.sender, job.recipients))
 
-    def _look(self) -> None:
-        """A lane takes jobs again: what the store has for it is looked for at once."""
+    def look(self) -> None:
+        """Looks at once for what the store has: a lane takes jobs again, or another node has given something back."""
         self._left_in_store = True
         self._wake.set()
 
@@ -396,6 +396,10 @@ class Scheduler:
         if job.outcomes is not None:
             self._settle(job, job.outcomes, 0.0)
             return Health.UNKNOWN
+        if not self._is_ours(envelope.id):
+            self._log.warning("claim was taken over, not tried", id=envelope.id, recipients=len(recipients))
+            self._release(Envelope(envelope.id, envelope.sender, recipients))
+            return Health.UNKNOWN
         message = job.message
         # only what comes straight from intake is certain not to have been tried by a worker that died since
         first_attempt = message is not None and not job.again
@@ -451,12 +455,20 @@ class Scheduler:
             if pause_s and outcome.status is Status.DEFERRED:
                 outcome.retry_after_s = max(outcome.retry_after_s or 0.0, pause_s)
 
+    def _is_ours(self, queue_id: str) -> bool:
+        """Whether no other node has taken the message over meanwhile, however long the store takes to tell."""
+        return bool(self._insist(self._store.holds, queue_id))
+
     def _load(self, queue_id: str) -> Message | None:
         """The message's octets, however long the store takes to give them."""
+        message: Message | None = self._insist(self._store.message, queue_id)
+        return message
+
+    def _insist(self, question: Callable[[str], Any], queue_id: str) -> Any:
         pause_s = 0.1
         while True:
             try:
-                return self._store.message(queue_id)
+                return question(queue_id)
             except StoreError as error:
                 self._log.error("store failing", id=queue_id, error=str(error))
                 gevent.sleep(pause_s)

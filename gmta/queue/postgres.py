@@ -133,6 +133,7 @@ _OVERDUE = ("SELECT message, number, status = 'queued' AND owner = 0 AND next_at
             "FROM recipient r WHERE message > %(judged)s AND message < %(youngest)s ORDER BY message, number LIMIT %(scan)s")
 _OCTETS_OF = f"SELECT id, {OCTETS} FROM message WHERE id = ANY(%s)"
 _NEXT_DUE = f"SELECT next_attempt_at FROM recipient WHERE {_WAITING} ORDER BY next_attempt_at LIMIT 1"
+_CHANGES = "SELECT value, coalesce((SELECT draining FROM node WHERE name = %s), false) FROM counter WHERE name = 'changes'"
 _RECIPIENTS = f"SELECT {RECIPIENT} FROM recipient r WHERE message = %s ORDER BY number"
 _OWNED = "SELECT message, number FROM recipient WHERE owner = %s"
 _ORPHANS = """
@@ -218,6 +219,7 @@ class PostgresStore:
         self._undo: set[str] = set()  # their clients were told that they are not queued
         self._event_number = 0
         self._changes = -1
+        self._draining = False  # this node claims nothing more, and takes no mail in
         self._lane = ""  # the last one that a search by lanes came to
         self._judged = ""  # the last message that `overdue` came to
         self._full_until = 0.0
@@ -330,12 +332,16 @@ class PostgresStore:
         """See Store.due."""
         room = dict.fromkeys(map(pgschema.lane_key, busy_lanes), 0) | dict.fromkeys(map(pgschema.lane_key, probed_lanes), 1)
         self._up()
+        if self._draining:
+            return []
         found: list[Envelope] = self._submit(lambda: self._due(now, limit, room, limit if lane_limit is None else lane_limit))
         return found
 
     def overdue(self, now: float, unwarned_before: float, before: float, reports_before: float, limit: int) -> list[Envelope]:
         """See Store.overdue."""
         self._up()
+        if self._draining:
+            return []
         found: list[Envelope] = self._submit(lambda: self._overdue(now, unwarned_before, before, reports_before, limit))
         return found
 
@@ -387,8 +393,11 @@ class PostgresStore:
 
     def changed_outside(self) -> bool:
         """See Store.changed_outside."""
-        row = self._ask("SELECT value FROM counter WHERE name = 'changes'", ())
-        value = int(row[0]) if row is not None else 0
+        row = self._ask(_CHANGES, (self._node,))
+        value, draining = (int(row[0]), bool(row[1])) if row is not None else (0, False)
+        if draining != self._draining:
+            self._draining = draining
+            self._log.info("node is drained" if draining else "node takes mail again", node=self._node)
         changed = self._changes >= 0 and value != self._changes
         self._changes = value
         return changed
@@ -408,6 +417,8 @@ class PostgresStore:
     def has_room(self, size_bytes: int) -> bool:
         """See Store.has_room; the room is that of this machine's spool, the database says itself when it is full."""
         self._up()
+        if self._draining:
+            raise StoreError("this node is being drained")
         now = time.monotonic()
         if now < self._full_until:
             return False
@@ -428,7 +439,7 @@ class PostgresStore:
             self._writer.post(lambda: self._transact([("UPDATE worker SET shown = %s WHERE id = %s", (shown, self._id))]))
 
     def listen(self, wake: Callable[[], None]) -> None:
-        """Calls `wake` when another node, or an operator, has made something due."""
+        """See Store.listen."""
         self._database.listen(pgschema.CHANNEL, lambda payload: None if payload.endswith(self._tag) else wake())
 
     def close(self) -> None:

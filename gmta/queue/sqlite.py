@@ -284,6 +284,9 @@ class SqliteStore:
             self._room = room
         return self._room and not self._full
 
+    def listen(self, wake: Callable[[], None]) -> None:
+        """See Store.listen: what other processes change is seen by `changed_outside` and `adopt`."""
+
     def publish(self, state: dict[str, Any] | None) -> None:
         """See Store.publish."""
         if not self._closed:

@@ -9,7 +9,7 @@ Failure: every method raises StoreError, at once where the store is known to be 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -98,6 +98,9 @@ class Store(Protocol):
 
     def has_room(self, size_bytes: int) -> bool:
         """Whether there is room for intake, at message size limit `size_bytes` (cheap, cached); raises StoreError where it is down."""
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Calls `wake` when another process has made something due; some calls may be lost, so the caller looks by itself as well."""
 
     def publish(self, state: dict[str, Any] | None) -> None:
         """Shows operators what this store's worker has under way (JSON-able), until the next call or its end; never fails."""

@@ -130,8 +130,11 @@ class Reception:
 
     def _mail(self, event: events.Mail) -> Reply:
         pipeline = self.pipeline
-        if not pipeline.store.has_room(pipeline.message_size):
-            return self._tell("mail", replies.STORE_FULL)
+        try:
+            if not pipeline.store.has_room(pipeline.message_size):
+                return self._tell("mail", replies.STORE_FULL)
+        except StoreError as error:
+            return self._tell("mail", _trouble(error))
         transaction = Transaction(pipeline.ids.new(), event.sender, size=event.size, body=event.body, smtputf8=event.smtputf8,
                                   ret=event.ret, envid=event.envid, auth=event.auth, requiretls=event.requiretls)
         if self.session.iprev is not None and not self.session.trusted:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -240,6 +240,9 @@ class MemoryStore:
     def has_room(self, size_bytes: int) -> bool:
         """False while `full`."""
         return not self.full
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Nobody else has this store."""
 
     def close(self) -> None:
         """Removes the spool."""
