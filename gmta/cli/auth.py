@@ -51,9 +51,10 @@ def auth(file: Any, ip: str, helo: str, mail_from: str, now: float | None, path:
     by_sender = spf.mail_from(early, ip, helo, sender, now=at, trace=True)
     by_helo = spf.helo(early, ip, helo, now=at, trace=True)
     authors = authors_of(message.values("From"))
-    signatures = dkim.verify(message, early, now=at, max_signatures=config.limits.dkim_signatures, author_domains=authors.domains)
+    signatures = dkim.verify(message, early, now=at, max_signatures=config.limits.dkim_signatures, author_domains=authors.domains,
+                             trace=True)
     judged = evaluate(lookups, authors, (by_sender.result, by_sender.domain), [(one.result, one.domain) for one in signatures], trace=True)
-    chain = arc.verify_chain(message, lookups, now=at)
+    chain = arc.verify_chain(message, lookups, now=at, trace=True)
     if as_json:
         print_json({
             "spf": {"mailfrom": _spf_json(by_sender), "helo": _spf_json(by_helo)},

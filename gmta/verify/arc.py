@@ -85,8 +85,8 @@ class _Link:
         self.unread = ""  # what keeps one of the signatures from being read
 
 
-def verify_chain(message: Message, resolver: Asks, *, now: float, heavy: Heavy = run) -> ArcResult:
-    """The Chain Validation Status of a message. now: Unix seconds.  resolver, heavy: as for dkim.verify.  Raises OSError."""
+def verify_chain(message: Message, resolver: Asks, *, now: float, heavy: Heavy = run, trace: bool = False) -> ArcResult:
+    """The Chain Validation Status of a message. now: Unix seconds.  resolver, heavy, trace: as for dkim.verify.  Raises OSError."""
     if _ANY.search(message.header) is None:
         return ArcResult("none", "no ARC fields")
     header = Header(message.header)
@@ -97,13 +97,14 @@ def verify_chain(message: Message, resolver: Asks, *, now: float, heavy: Heavy =
             return ArcResult("none", "no ARC fields")
         _check_structure(header, links, result)
         lookups = resolver if isinstance(resolver, Lookups) else Lookups(resolver)
-        _check_seals(header, links, lookups, result, _check_messages(header, message, links, lookups, now, heavy, result))
+        _check_seals(header, links, lookups, result, _check_messages(header, message, links, lookups, now, heavy, result, trace), trace)
         result.result = "pass"
     except Fault as fault:
         result.reason = fault.reason
         result.temporary = fault.result == "temperror"
         result.oldest_pass = None
-    result.steps.append(f"result: {result.result}" + (f" ({result.reason})" if result.reason else ""))
+    if trace:
+        result.steps.append(f"result: {result.result}" + (f" ({result.reason})" if result.reason else ""))
     return result
 
 
@@ -175,9 +176,9 @@ def _check_structure(header: Header, links: Sequence[_Link], result: ArcResult) 
 
 
 def _check_messages(header: Header, message: Message, links: Sequence[_Link], lookups: Lookups, now: float, heavy: Heavy,
-                    result: ArcResult) -> list[Trial]:
+                    result: ArcResult, trace: bool) -> list[Trial]:
     """Verifies the last AMS (RFC 8617 section 5.2 step 4), raising Fault; returns the trials of the others, from the last down."""
-    trials = [Trial(link.message) for link in reversed(links)]
+    trials = [Trial(link.message, trace=trace) for link in reversed(links)]
     for trial in trials:
         trial.attempt(trial.ask, lookups)
         trial.attempt(trial.check_header, header)
@@ -193,13 +194,14 @@ def _check_messages(header: Header, message: Message, links: Sequence[_Link], lo
             if trial.fault is None and length is not None and length < hashes[trial.signature.body_relaxed].length:
                 trial.fault = Fault("fail", "l= leaves a part of the body unsigned")
     last = trials[0]
-    result.steps += [f"message signature {len(links)}: {step}" for step in last.steps]
+    result.steps += [f"message signature {len(links)}: {step}" for step in last.steps or ()]
     if last.fault is not None:
         raise Fault(last.fault.result, f"message signature {len(links)}: {last.fault.reason}")
     return trials[1:]
 
 
-def _check_seals(header: Header, links: Sequence[_Link], lookups: Lookups, result: ArcResult, older: Sequence[Trial]) -> None:
+def _check_seals(header: Header, links: Sequence[_Link], lookups: Lookups, result: ArcResult, older: Sequence[Trial],
+                 trace: bool) -> None:
     """Verifies every seal, from the last down (RFC 8617 section 5.2 step 6); raises Fault."""
     fields: list[bytes] = []
     digests = []
@@ -208,14 +210,14 @@ def _check_seals(header: Header, links: Sequence[_Link], lookups: Lookups, resul
         digests.append(digest_of(fields, own_field(header, link.seal, True)))
         fields.append(header.canonical(link.seal, True))
     for link, digest in zip(reversed(links), reversed(digests), strict=True):
-        trial = Trial(link.sealed)
+        trial = Trial(link.sealed, trace=trace)
         try:
             trial.ask(lookups)
             try_keys(trial.records, link.sealed, digest, trial.steps)
         except Fault as fault:
             raise Fault(fault.result, f"seal {link.instance}: {fault.reason}") from None
         finally:
-            result.steps += [f"seal {link.instance} of {link.sealed.domain}: {step}" for step in trial.steps]
+            result.steps += [f"seal {link.instance} of {link.sealed.domain}: {step}" for step in trial.steps or ()]
     result.oldest_pass = 0
     for number, trial in enumerate(older):
         if trial.fault is not None:

@@ -14,15 +14,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from gmta.mail.message import Body
 
 CHUNK = 64 * 1024  # of a body at once: a replace holds the interpreter lock, and other sessions must not notice
 
-_FIELD_END = re.compile(rb"\r?\n(?![ \t])")
+_FIELD_END = re.compile(rb"\n(?![ \t])")
 _NAME = re.compile(rb"[!-9;-~]+\Z")  # RFC 5322 section 2.2
 _LINE_END = re.compile(rb"\r?\n")
-_B_TAG = re.compile(rb"((?:\A|;)[ \t\r\n]*b[ \t\r\n]*=)[^;]*")
+_B_TAG = re.compile(rb"[ \t\r\n]*b[ \t\r\n]*=")
 _EMPTY_LINES = re.compile(rb"(?:\n\r)*")  # on the reversed octets
 
 
@@ -39,12 +40,20 @@ class Header:
         self._raw: list[bytes] = []
         self._relaxed: list[bytes | None] = []
         self._places: dict[bytes, list[int]] = {}
-        for field in _FIELD_END.split(raw):
+        *fields, rest = _FIELD_END.split(raw)
+        fields = [field.removesuffix(b"\r") for field in fields]
+        for field in [*fields, rest] if rest else fields:
             name, colon, _ = field.partition(b":")
-            name = name.rstrip(b" \t").lower()  # RFC 5322 section 4.5: a blank before the colon is obsolete, not wrong
-            if not colon or _NAME.match(name) is None:
+            if not colon:
                 continue
-            self._places.setdefault(name, []).append(len(self._raw))
+            name = _field_name(name) if len(name) <= 64 else _field_name.__wrapped__(name)
+            if not name:
+                continue
+            places = self._places.get(name)
+            if places is None:
+                self._places[name] = [len(self._raw)]
+            else:
+                places.append(len(self._raw))
             self.names.append(name)
             self._raw.append(field)
         self._relaxed = [None] * len(self._raw)
@@ -90,6 +99,13 @@ class Header:
         return picked
 
 
+@lru_cache(maxsize=1000)  # few names are in all headers
+def _field_name(text: bytes) -> bytes:
+    """What stands before the colon as a field's name in lower case, or nothing where it is none."""
+    name = text.rstrip(b" \t").lower()  # RFC 5322 section 4.5: a blank before the colon is obsolete, not wrong
+    return name if _NAME.match(name) is not None else b""
+
+
 def relaxed_field(name: bytes, value: bytes) -> bytes:
     """A field under the relaxed algorithm, without the CRLF (RFC 6376 section 3.4.2). name: in lower case."""
     if b"\n" in value:
@@ -100,7 +116,13 @@ def relaxed_field(name: bytes, value: bytes) -> bytes:
 
 def without_signature(value: bytes) -> bytes:
     """The value of a signature field with that of its b= tag taken out, blanks around it too (RFC 6376 section 3.7)."""
-    return _B_TAG.sub(rb"\1", value, count=1)
+    start = 0
+    while (tag := _B_TAG.match(value, start)) is None:
+        start = value.find(b";", start) + 1
+        if not start:
+            return value
+    end = value.find(b";", tag.end())
+    return value[:tag.end()] + value[end:] if end >= 0 else value[:tag.end()]
 
 
 def _reduced(data: bytes) -> bytes:

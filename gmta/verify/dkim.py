@@ -20,6 +20,7 @@ import binascii
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -49,6 +50,7 @@ MAX_RECORDS = 5  # key records tried where a selector has several (RFC 6376 sect
 MIN_BITS, MAX_BITS = 1024, 4096  # RFC 8301 section 3.2
 MAX_EXPONENT_BITS = 64  # a huge exponent makes each verification cost what signing does
 LEEWAY_S = 3600  # clocks differ; for t= and x=
+KEPT_SIZE = 2048  # octets of a key record that is remembered: one of 4096 bits takes some 750
 HEAVY = 1024 * 1024  # octets of a body from which on it is hashed through `heavy`
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
@@ -56,7 +58,6 @@ _BASE64 = re.compile(rb"[A-Za-z0-9+/]+={0,2}\Z")
 _NUMBER = re.compile(rb"[0-9]{1,76}\Z")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\Z")
-_ANY = re.compile(rb"^dkim-signature[ \t]*:", re.I | re.M)
 _QUOTED = re.compile(rb"=([0-9A-F]{2})")
 _ALGORITHMS = {b"rsa-sha256": "rsa", b"ed25519-sha256": "ed25519"}
 _RANK = {"pass": 0, "fail": 1, "policy": 2, "neutral": 3, "permerror": 4}
@@ -81,7 +82,7 @@ class DkimResult:
 
     result: pass, fail, policy, neutral, temperror or permerror.  domain, selector, identity, algorithm: d=, s=, i= and a=,
     "" where they could not be read.  b: the start of b=, for header.b (RFC 6008).  body_length_used: l= or None.
-    key_bits: of the key used.  testing: the key says t=y.  steps: what was done, for people.
+    key_bits: of the key used.  testing: the key says t=y.  steps: what was done, for people, where that was asked for.
     """
 
     result: str
@@ -219,7 +220,7 @@ class Signature:
 
 
 class Key:
-    """A key record (RFC 6376 section 3.6.1)."""
+    """A key record (RFC 6376 section 3.6.1). `key_of` makes them, and remembers those it has made."""
 
     __slots__ = ("bits", "exponent_bits", "flags", "hashes", "kind", "public", "services")
 
@@ -290,6 +291,14 @@ class Key:
             return None
 
 
+def key_of(record: bytes) -> Key:
+    """The key of a record; raises Fault."""
+    return _kept_key(record) if len(record) <= KEPT_SIZE else Key(record)
+
+
+_kept_key = lru_cache(maxsize=1000)(Key)  # OpenSSL's preparations are kept with it
+
+
 def parse_tags(value: bytes) -> dict[bytes, bytes]:
     """A tag list (RFC 6376 section 3.2), still folded, by dkimpy's parser; raises Fault."""
     if value.count(b";") > MAX_TAGS:
@@ -320,12 +329,21 @@ def unbase64(text: bytes, what: str) -> bytes:
 
 def domain_name(text: bytes, what: str) -> str:
     """A domain or selector in lower case and A-labels (RFC 8616 section 5); raises Fault."""
+    name = _name_of(text) if len(text) <= 1000 else ""
+    if not name:
+        raise Fault("permerror", f"{what} is no domain name")
+    return name
+
+
+@lru_cache(maxsize=2000)
+def _name_of(text: bytes) -> str:
+    """The name, or "" for a text that is none."""
     try:
         name = domain_key(text.decode("utf-8"))
     except UnicodeDecodeError:
-        name = ""
+        return ""
     if _NAME.match(name) is None or text.endswith(b".") or len(name) > 253 or max(map(len, name.split("."))) > 63:
-        raise Fault("permerror", f"{what} is no domain name")
+        return ""
     return name
 
 
@@ -344,24 +362,25 @@ def key_records(lookups: Asks, name: str) -> list[bytes]:
     return texts(answer)[:MAX_RECORDS]
 
 
-def try_keys(records: Iterable[bytes], signature: Signature, digest: bytes, steps: list[str]) -> Key:
+def try_keys(records: Iterable[bytes], signature: Signature, digest: bytes, steps: list[str] | None) -> Key:
     """The key that verifies the signature; raises the Fault nearest to a pass (RFC 6376 section 6.1.2 step 4)."""
     nearest = Fault("permerror", "no key for the signature")
     for record in records:
         try:
-            key = Key(record)
-            steps.append(f"key: {key.kind}, {key.bits} bits" + (", a test (t=y)" if b"y" in key.flags else ""))
+            key = key_of(record)
+            if steps is not None:
+                steps.append(f"key: {key.kind}, {key.bits} bits" + (", a test (t=y)" if b"y" in key.flags else ""))
             key.check(signature)
             if key.verifies(signature.signature, digest):
                 return key
-            signed = key.signed_digest(signature.signature)
-            if signed is not None:
-                steps.append(f"header: the signer had {_shown(signed)}: a signed field was changed, added or removed")
-            elif key.kind == "rsa":
-                steps.append("header: the signature was not made with this key, or was altered itself")
+            if steps is not None and key.kind == "rsa":
+                signed = key.signed_digest(signature.signature)
+                steps.append("header: the signature was not made with this key, or was altered itself" if signed is None else
+                             f"header: the signer had {_shown(signed)}: a signed field was changed, added or removed")
             raise Fault("fail", "signature did not verify")
         except Fault as fault:
-            steps.append(f"key: {fault.reason}")
+            if steps is not None:
+                steps.append(f"key: {fault.reason}")
             if nearest.reason == "no key for the signature" or _RANK[fault.result] < _RANK[nearest.result]:
                 nearest = fault
     raise nearest
@@ -384,13 +403,13 @@ def _shown(digest: bytes) -> str:
 
 
 class Trial:
-    """One signature on its way to a result; arc.py uses it for ARC-Message-Signature."""
+    """One signature on its way to a result; arc.py uses it for ARC-Message-Signature. trace: keep steps."""
 
     __slots__ = ("fault", "header_fault", "key", "records", "signature", "steps")
 
-    def __init__(self, signature: Signature) -> None:
+    def __init__(self, signature: Signature, *, trace: bool = False) -> None:
         self.signature = signature
-        self.steps: list[str] = []
+        self.steps: list[str] | None = [] if trace else None
         self.fault: Fault | None = None
         self.header_fault: Fault | None = None  # of the signature itself, while the body is still to be hashed
         self.key: Key | None = None
@@ -410,9 +429,11 @@ class Trial:
         try:
             self.records = key_records(lookups, name)
         except Fault as fault:
-            self.steps.append(f"key: TXT of {name}: {fault.reason}")
+            if self.steps is not None:
+                self.steps.append(f"key: TXT of {name}: {fault.reason}")
             raise
-        self.steps.append(f"key: TXT of {name}: " + ("found" if len(self.records) == 1 else f"{len(self.records)} records"))
+        if self.steps is not None:
+            self.steps.append(f"key: TXT of {name}: " + ("found" if len(self.records) == 1 else f"{len(self.records)} records"))
 
     def check_header(self, header: Header) -> None:
         """Holds the signature against the header; what is wrong is kept until the body is known, so that both can be told."""
@@ -420,18 +441,19 @@ class Trial:
         places = header.pick(signature.names, without=signature.place)
         relaxed = signature.header_relaxed
         digest = digest_of([header.canonical(place, relaxed) for place in places], own_field(header, signature.place, relaxed))
-        self.steps.append(f"header: {len(places)} fields hash to {_shown(digest)}: "
-                          + ":".join([header.names[place].decode("ascii") for place in places]))
+        steps = self.steps
+        if steps is not None:
+            steps.append(f"header: {len(places)} fields hash to {_shown(digest)}: " + ":".join([header.names[place].decode("ascii") for place in places]))
         try:
-            self.key = try_keys(self.records, signature, digest, self.steps)
-            self.steps.append("header: the signature is good")
+            self.key = try_keys(self.records, signature, digest, steps)
+            if steps is not None:
+                steps.append("header: the signature is good")
         except Fault as fault:
             if fault.result != "fail":
                 raise
             self.header_fault = fault
-            changed = _changed(header, signature)
-            if changed:
-                self.steps.append("header: differs from its copy in z=: " + ", ".join(changed))
+            if steps is not None and (changed := _changed(header, signature)):
+                steps.append("header: differs from its copy in z=: " + ", ".join(changed))
 
     def check_body(self, hashes: dict[bool, BodyHash]) -> None:
         """Holds bh= against the body's hash and raises what is wrong of header and body."""
@@ -440,13 +462,15 @@ class Trial:
         length = signature.length
         digest = body.digest if length is None else body.digests.get(length)
         if digest is None:
-            self.steps.append(f"body: {body.length} octets, l= says {length}")
+            if self.steps is not None:
+                self.steps.append(f"body: {body.length} octets, l= says {length}")
             raise self.header_fault or Fault("permerror", "l= is past the end of the body")  # RFC 6376 section 3.5
         same = digest == signature.body_hash
-        self.steps.append(f"body: {body.length if length is None else length} of {body.length} octets hash to {_shown(digest)}, "
-                          + ("as bh= says" if same else f"bh= is {_shown(signature.body_hash)}"))
-        wrong = [what for what, good in (("signature", self.header_fault is None), ("body hash", same)) if not good]
-        if wrong:
+        if self.steps is not None:
+            self.steps.append(f"body: {body.length if length is None else length} of {body.length} octets hash to {_shown(digest)}, "
+                              + ("as bh= says" if same else f"bh= is {_shown(signature.body_hash)}"))
+        if self.header_fault is not None or not same:
+            wrong = [what for what, good in (("signature", self.header_fault is None), ("body hash", same)) if not good]
             raise Fault("fail", f"{' and '.join(wrong)} did not verify")
 
     def result(self, reason: str = "") -> DkimResult:
@@ -457,8 +481,9 @@ class Trial:
         if self.key is not None:
             result.key_bits = self.key.bits
             result.testing = b"y" in self.key.flags
-        self.steps.append(f"result: {result.result}" + (f" ({result.reason})" if result.reason else ""))
-        result.steps = self.steps
+        if self.steps is not None:
+            self.steps.append(f"result: {result.result}" + (f" ({result.reason})" if result.reason else ""))
+            result.steps = self.steps
         return result
 
 
@@ -503,19 +528,20 @@ def _aligned(domain: str, authors: Sequence[str]) -> bool:
 
 
 def verify(message: Message, resolver: Asks, *, now: float, max_signatures: int = MAX_SIGNATURES, author_domains: Sequence[str] = (),
-           trust_length: bool = False, heavy: Heavy = run) -> list[DkimResult]:
+           trust_length: bool = False, heavy: Heavy = run, trace: bool = False) -> list[DkimResult]:
     """Judges the signatures of a message, one result each, in the message's order.
 
     now: Unix seconds.  max_signatures: how many are judged, those of the author's domains first; the others are neutral.
     trust_length: whether a signature passes whose l= leaves a part of the body unsigned; else that is policy.
     resolver: a Lookups where the message's other questions count too.  heavy: calls a function that hashes a big body, in a
-    thread perhaps.
+    thread perhaps.  trace: keep steps.
     Raises OSError where the body can't be read.
     """
-    if _ANY.search(message.header) is None:
+    raw = message.header
+    if b"dkim-signature" not in raw.lower():
         return []
-    header = Header(message.header)
-    trials = [Trial(Signature("dkim", place)) for place in header.places(b"dkim-signature")]
+    header = Header(raw)
+    trials = [Trial(Signature("dkim", place), trace=trace) for place in header.places(b"dkim-signature")]
     authors = header.places(b"from")
     sound: list[Trial] = []
     for number, trial in enumerate(trials):
@@ -524,13 +550,15 @@ def verify(message: Message, resolver: Asks, *, now: float, max_signatures: int 
             trial.fault = Fault("neutral", f"not judged: more than {MAX_PARSED} signatures")
             continue
         trial.attempt(signature.read, header.value(signature.place))
-        trial.steps.append(signature.summary())
+        if trial.steps is not None:
+            trial.steps.append(signature.summary())
         if len(authors) != 1 and trial.fault is None:
             # nobody can say which of several From fields a reader shows (RFC 6376 section 8.15; RFC 5322 section 3.6)
             trial.fault = Fault("permerror", f"{len(authors) or 'no'} From fields")
         if trial.fault is None:
             sound.append(trial)
-    sound.sort(key=lambda trial: not _aligned(trial.signature.domain, author_domains))
+    if len(sound) > max_signatures:
+        sound.sort(key=lambda trial: not _aligned(trial.signature.domain, author_domains))
     for trial in sound[max_signatures:]:
         trial.fault = Fault("neutral", f"not judged: more than {max_signatures} signatures")
     judged = sound[:max_signatures]

@@ -25,13 +25,14 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import spf as pyspf
 
 from gmta.mail.address import domain_key
-from gmta.services.dns import Status
+from gmta.services.dns import Status, plain_address
 from gmta.verify import Asks
 
 MAX_TERMS = 1000  # of all records of an evaluation together: bounds the time that records of 60 KB can cost
@@ -93,6 +94,29 @@ class Record(NamedTuple):
     exp: str
 
 
+class Client(NamedTuple):
+    """A client's address. text: the macro c.  number, bits: as an integer of so many bits.  dotted: the macro i.  reverse: where its PTR
+    records are."""
+
+    text: str
+    number: int
+    bits: int
+    dotted: str
+    reverse: str
+
+
+@lru_cache(maxsize=2000)
+def client_at(ip: str) -> Client | None:
+    """The client of an address, None for what is none; an IPv4-mapped one is IPv4 (RFC 7208 section 5)."""
+    try:
+        address = plain_address(ip)
+    except ValueError:
+        return None
+    text = str(address)
+    dotted = text if address.version == 4 else ".".join(address.exploded.replace(":", "").upper())
+    return Client(text, int(address), address.max_prefixlen, dotted, address.reverse_pointer)
+
+
 class Spf:
     """Judges; keeps the records it has parsed, since many messages come from few domains. receiver: what the macro r stands for."""
 
@@ -120,27 +144,24 @@ class Spf:
         """check_host() of RFC 7208 section 4 for one identity."""
         domain = (domain if domain.isascii() else domain_key(domain)).removesuffix(".")  # RFC 7208 section 4.3: A-labels
         local = local or "postmaster"  # RFC 7208 section 4.3
-        try:
-            address = ipaddress.ip_address(ip.partition("%")[0])
-        except ValueError:
+        client = client_at(ip[:64])
+        if client is None:
             return SpfResult("none", identity, domain, "the client's address is not known")
-        if address.version == 6 and address.ipv4_mapped is not None:  # RFC 7208 section 5
-            address = address.ipv4_mapped
-        steps: list[str] | None = [f"may {address} send for {_shown(local)}@{_shown(domain)}?"] if trace else None
+        steps: list[str] | None = [f"may {client.text} send for {_shown(local)}@{_shown(domain)}?"] if trace else None
         if not _is_name(domain):  # RFC 7208 section 4.3: malformed, or not a multi-label name
             reason = f"{_shown(domain) or 'nothing'} is not a domain name to look up"
             return SpfResult("none", identity, _shown(domain), reason, steps=tuple(steps or ()))
-        evaluation = Evaluation(self, asks, address, local, domain, helo, now, steps)
+        evaluation = Evaluation(self, asks, client, local, domain, helo, now, steps)
         result = evaluation.check()[0]
         mechanism = _shown(evaluation.mechanism or "")
         if result in ("temperror", "permerror"):
             reason = evaluation.prob
         elif mechanism:
-            reason = f"{address} matches {mechanism} of {evaluation.decided_by}"
+            reason = f"{client.text} matches {mechanism} of {evaluation.decided_by}"
         elif result == "none":
             reason = f"{domain} has no SPF record"
         else:
-            reason = f"{address} matches no term of {domain}"
+            reason = f"{client.text} matches no term of {domain}"
         explanation = evaluation.explanation() if explain and result == "fail" else ""
         return SpfResult(result, identity, domain, _shown(reason), mechanism, explanation, tuple(steps or ()))
 
@@ -251,26 +272,21 @@ def _check_spec(spec: str, term: str) -> None:
 class Evaluation(pyspf.query):
     """One evaluation. `check` (pyspf's) starts it and maps TempError and PermError to results."""
 
-    def __init__(self, spf: Spf, asks: Asks, address: ipaddress.IPv4Address | ipaddress.IPv6Address, local: str, domain: str,
-                 helo: str, now: float, steps: list[str] | None) -> None:
+    def __init__(self, spf: Spf, asks: Asks, client: Client, local: str, domain: str, helo: str, now: float,
+                 steps: list[str] | None) -> None:
         # pyspf's constructor would split the sender anew and read the clock. One letter: what the macro stands for.
         self.l, self.o, self.d, self.h, self.r = local, domain, domain, helo, spf.receiver
         self.s = f"{local}@{domain}"
         self.t = str(int(now))
         self.p = ""
-        self.c = str(address)
-        self.v, self.A = ("in-addr", "A") if address.version == 4 else ("ip6", "AAAA")
-        self.i = self.c if address.version == 4 else ".".join(address.exploded.replace(":", "").upper())
+        self.c, self._address, self._bits, self.i, self._reverse = client
+        self.v, self.A, self._family = ("in-addr", "A", 0) if self._bits == 32 else ("ip6", "AAAA", 1)
         self.strict = True
         self.verbose = False
         self.libspf_local = None
         self.decided_by = domain
         self._spf = spf
         self._asks = asks
-        self._address = int(address)
-        self._bits = address.max_prefixlen
-        self._family = 0 if address.version == 4 else 1
-        self._reverse = address.reverse_pointer
         self._steps = steps
         self._terms = 0
         self._names: set[tuple[str, str]] = set()

@@ -77,7 +77,7 @@ def made(tags: str = "", raw: bytes = PLAIN, *, body: bytes | None = None, key: 
 
 def judge(raw: bytes, resolver: Any = None, **options: Any) -> list[tuple[str, str]]:
     """(result, reason) of each signature."""
-    results = verify(Message.from_bytes(raw), resolver or zone(RSA, ED), now=options.pop("now", NOW), **options)
+    results = verify(Message.from_bytes(raw), resolver or zone(RSA, ED), now=options.pop("now", NOW), trace=True, **options)
     assert all(result.steps and result.steps[-1].startswith(f"result: {result.result}") for result in results)
     return [(result.result, result.reason) for result in results]
 
@@ -641,7 +641,7 @@ def test_arbitrary_tag_lists(value: bytes) -> None:
 
 
 def steps(raw: bytes) -> str:
-    return "\n".join(verify(Message.from_bytes(raw), zone(RSA), now=NOW)[0].steps)
+    return "\n".join(verify(Message.from_bytes(raw), zone(RSA), now=NOW, trace=True)[0].steps)
 
 
 def test_steps_tell_what_differs() -> None:
