@@ -150,6 +150,8 @@ def build(kind: str, envelope: Envelope, notices: Sequence[Notice], message: Mes
         ("MIME-Version", "1.0"),
         ("Content-Type", f'multipart/report; report-type=delivery-status;\r\n\tboundary="{boundary}"'),
     ]
+    if not body.isascii():
+        fields.append(("Content-Transfer-Encoding", "8bit"))  # RFC 2045 section 6.4: as its parts have it
     about = _message_id(message)
     if about:
         fields[5:5] = [("In-Reply-To", about), ("References", about)]

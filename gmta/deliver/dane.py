@@ -9,6 +9,7 @@ RFC 6698, RFC 7671 (operation, digest agility), RFC 7672 (SMTP).
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import hmac
@@ -90,8 +91,11 @@ def _reach_anchor(certificates: Sequence[x509.Certificate], records: Sequence[Tl
     from cryptography import x509
 
     moment = datetime.datetime.fromtimestamp(now, datetime.UTC)
-    beyond = [x509.load_der_x509_certificate(record.data) for record in records
-              if record.matching == EXACT and record.selector == CERTIFICATE]  # RFC 7671 section 5.2.2: may be left out of the chain
+    beyond = []
+    for record in records:
+        if record.matching == EXACT and record.selector == CERTIFICATE:  # RFC 7671 section 5.2.2: may be left out of the chain
+            with contextlib.suppress(ValueError):
+                beyond.append(x509.load_der_x509_certificate(record.data))
     current = certificates[0]
     others = [*certificates[1:], *beyond]
     for depth in range(len(others) + 1):

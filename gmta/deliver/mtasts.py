@@ -29,8 +29,8 @@ REFRESH_S = 86400.0  # a policy older than that, or than half its life, is fetch
 FAILED_S = 300.0  # RFC 8461 section 3.3: at most one fetch in five minutes where they fail
 MAX_PATTERNS = 100
 
-_RECORD = re.compile(rb"v=STSv1[ \t]*;[ \t]*id=([A-Za-z0-9]{1,32})[ \t]*(?:;.*)?\Z", re.S)
-_DNS_RECORD = re.compile(rb"v=STSv1[ \t]*(?:;|\Z)")
+_RECORD = re.compile(rb"v=STSv1[ \t]*(?:;|\Z)")
+_ID = re.compile(rb"[A-Za-z0-9]{1,32}\Z")
 _PATTERN = re.compile(r"(?:\*\.)?[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?\Z")
 
 
@@ -158,9 +158,12 @@ class MtaSts:
         answer = self._resolver.txt(f"_mta-sts.{domain}")
         if answer.status is not Status.FOUND:
             return None
-        records = [text for text in texts(answer) if _DNS_RECORD.match(text)]
-        found = _RECORD.match(records[0]) if len(records) == 1 else None
-        return found[1].decode("ascii") if found is not None else None
+        records = [text for text in texts(answer) if _RECORD.match(text)]
+        if len(records) != 1:
+            return None
+        fields = [(name.strip(), value.strip()) for name, _, value in (field.partition(b"=") for field in records[0].split(b";"))]
+        found = next((value for name, value in fields if name == b"id"), b"")
+        return found.decode("ascii") if _ID.match(found) else None
 
     def _fetched(self, domain: str) -> Policy:
         """The policy as the domain serves it now; raises FetchFailed."""

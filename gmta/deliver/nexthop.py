@@ -210,14 +210,21 @@ class NextHops:
         """Whether a connection there would come to this server."""
         if (address, port) in self._listeners:
             return True
-        if port not in self._wildcards:
-            return False
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.bind((address, 0))  # only an address of this machine can be bound
-            except OSError:
-                return False
-        return True
+        return port in self._wildcards and _is_local(address)
+
+
+def _is_local(address: str) -> bool:
+    """Whether an address is one of this machine's."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))  # no other can be bound, but with ip_nonlocal_bind
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # nothing is sent; to itself the machine speaks from that very address
+            source = plain_address(probe.getsockname()[0])
+    except OSError:
+        return False
+    return source == plain_address(address) or source.is_loopback
 
 
 def _dns_trouble(name: str, kind: str, reason: str) -> NoTargets:

@@ -236,6 +236,7 @@ def test_returned_utf8_is_declared() -> None:
     _, parsed = report(message=message)
     part = list(parsed.iter_parts())[2]
     assert part.get_content_type() == "message/rfc822" and part["Content-Transfer-Encoding"] == "8bit"
+    assert parsed["Content-Transfer-Encoding"] == "8bit"  # RFC 2045 section 6.4: what holds eight bits says so itself
     raw, parsed = report(message=message, ret="HDRS")
     part = list(parsed.iter_parts())[2]
     assert raw.isascii() and part["Content-Transfer-Encoding"] == "quoted-printable"
@@ -268,6 +269,7 @@ def test_whatever_is_said_a_report_keeps_its_form(said: str, local: str, orcpt: 
     assert len(types(parsed)) == 3
     assert [set(group) >= {"Final-Recipient", "Action", "Status"} for group in groups(parsed)[1:]] == [True]
     assert utf8 or raw.split(b"Content-Type: message/rfc822")[0].isascii()
+    assert (parsed["Content-Transfer-Encoding"] == "8bit") is not raw.partition(b"\r\n\r\n")[2].isascii()
 
 
 # --- who is told ----------------------------------------------------------------------------------------------------

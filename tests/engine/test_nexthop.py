@@ -125,6 +125,19 @@ def test_a_listener_on_every_address_is_ours_on_every_address_of_this_machine() 
     assert addresses(hops(zone, listeners=[("0.0.0.0", 2525)], port=26, allow_loopback=True).targets("c.example")) == ["127.0.0.1"]
 
 
+def test_a_machine_that_may_bind_any_address_has_not_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """net.ipv4.ip_nonlocal_bind, as machines that share an address have it."""
+    class Anywhere(socket.socket):
+        def bind(self, address: Any) -> None:
+            pass
+
+    monkeypatch.setattr("gmta.deliver.nexthop.socket.socket", Anywhere)
+    zone = {"c.example": {"A": "127.0.0.5"}, "d.example": {"A": "192.0.2.1"}, "e.example": {"AAAA": "2001:db8::1"}, "f.example": {"AAAA": "::1"}}
+    found = hops(zone, listeners=[("0.0.0.0", 2525), ("::", 2525)], port=2525, allow_loopback=True)
+    assert "5.4.6" in refusal(found)[1] and "5.4.6" in refusal(found, "f.example")[1]
+    assert addresses(found.targets("d.example")) == ["192.0.2.1"] and addresses(found.targets("e.example")) == ["2001:db8::1"]
+
+
 def test_hosts_that_can_not_take_mail_are_passed_over_and_named() -> None:
     log = MemoryLog()
     mx = [(10, "127.0.0.1"), (20, "."), (30, "loop.example"), (40, "gone.example"), (50, "one.example")]

@@ -100,6 +100,11 @@ def test_records_that_mean_nothing_are_sorted_out(chains: Chains) -> None:
     assert judged(good, good.tlsa(3, 1, 1), (3, 0, 2, "00" * 64)) == "dane-ee"
 
 
+def test_an_anchor_that_is_no_certificate_spoils_no_other_record(chains: Chains) -> None:
+    assert judged(chains.good, (2, 0, 0, "3003020101"), chains.good.tlsa(2, 0, 1, of=2)) == "dane-ta"
+    assert "no trust anchor" in judged(chains.good, (2, 0, 0, "3003020101"))
+
+
 @given(st.lists(st.binary(max_size=60), max_size=3))
 @settings(max_examples=30)
 def test_certificates_that_can_not_be_read_match_nothing(chain: list[bytes]) -> None:
@@ -411,6 +416,14 @@ def test_other_records_at_the_name_do_no_harm() -> None:
     site = Site()
     site.record("v=spf1 -all", "v=STSv1; id=1; x=y")
     assert site.mode == "enforce"
+
+
+@pytest.mark.parametrize("record", ["v=STSv1;id=1", "v=STSv1 ; x=y;\tid=1 ;", "v=STSv1; id=1; id=2", "v=STSv1; ID=2; x=id=3; id=1"])
+def test_records_as_they_may_be(record: str) -> None:
+    site = Site()
+    site.record(record)
+    policy = site.sts.policy("example.org")
+    assert policy is not None and policy.id == "1"
 
 
 # --- over HTTPS -------------------------------------------------------------------------------------------------------
