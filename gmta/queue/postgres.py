@@ -61,6 +61,7 @@ SLICE = 5000  # claims of a dead worker given up in one transaction
 PURGE = 2000
 PURGES = 20  # slices a minute
 ORPHANS_S = 30.0
+AGAIN = 3  # times that something undone is tried
 TRIES = 4  # of a claim, where other nodes were faster
 _json = json.JSONEncoder(default=str, separators=(",", ":")).encode
 _LOCK = re.compile(r"worker-([0-9a-f]+)\.lock\Z")
@@ -192,6 +193,10 @@ class _Release:
 
 class _Lapsed(Exception):
     """The worker's row is gone: its claims were taken over."""
+
+
+class _Undone(DatabaseDown):
+    """The connection was lost, and what was under way is known not to be done."""
 
 
 class PostgresStore:
@@ -550,52 +555,48 @@ class PostgresStore:
     # --- the writer: one greenlet, one connection ----------------------------------------------------------------
 
     def _run(self, operations: list[Any]) -> list[Any]:
-        """One batch: all writes in one transaction, then the rest; what fails together is tried singly."""
+        """One batch: all writes in one transaction, then the rest."""
         results: list[Any] = [None] * len(operations)
-        writes: list[int] = []
-        for n, operation in enumerate(operations):
-            if isinstance(operation, _Put) and operation.given_up:
-                continue
-            if isinstance(operation, Settlement) and self._is_late(operation):
-                results[n] = self._outcome(lambda operation=operation: self._record_late(operation))  # type: ignore[misc]
-            elif isinstance(operation, _Put | Settlement | _Release):
-                writes.append(n)
+        writes = [n for n, operation in enumerate(operations) if not callable(operation)]
         if writes:
             for n, result in zip(writes, self._write([operations[n] for n in writes]), strict=True):
                 results[n] = result
         for n, operation in enumerate(operations):
             if callable(operation):
                 results[n] = self._outcome(operation)
-        for operation in operations:
-            if isinstance(operation, _Put) and operation.given_up and operation.envelope.id in self._claims:
+            elif isinstance(operation, _Put) and operation.given_up and operation.envelope.id in self._claims:
                 self._give_up(operation.envelope.id)
         return results
 
-    def _outcome(self, operation: Callable[[], Any]) -> Any:
-        """What an operation gives, or its failure; one that finds the lease lost is done again under a new one."""
-        for _ in range(2):
+    def _write(self, operations: list[Any]) -> list[Any]:
+        """Commits together; what fails together, or has to be looked at by itself, one by one."""
+        if len(operations) > 1 and not any(map(self._is_late, operations)):
+            for _ in range(AGAIN):
+                try:
+                    self._commit(operations)
+                    return [None] * len(operations)
+                except _Undone:
+                    continue
+                except DatabaseDown as error:
+                    return [_store_error(error)] * len(operations)
+                except (_Lapsed, psycopg.Error, StoreError):
+                    break
+        return [self._outcome(operation) for operation in operations]
+
+    def _outcome(self, operation: Any) -> Any:
+        """What an operation gives, or its failure; it is done again where it is known to be undone, or needs a new lease."""
+        for _ in range(AGAIN):
             try:
-                return operation()
-            except _Lapsed:
+                if callable(operation):
+                    return operation()
+                if self._is_late(operation):
+                    return self._record_late(operation)
+                return self._commit([operation])
+            except (_Lapsed, _Undone):
                 continue
             except (psycopg.Error, DatabaseDown, StoreError) as error:
                 return _store_error(error)
-        return StoreError("the lease is lost again and again")
-
-    def _write(self, operations: list[Any]) -> list[Any]:
-        """Commits together, or else one by one."""
-        error: Any = None
-        try:
-            self._commit(operations)
-            return [None] * len(operations)
-        except _Lapsed:
-            pass
-        except (psycopg.Error, DatabaseDown) as failure:
-            error = failure
-        if isinstance(error, DatabaseDown) or (error is not None and len(operations) == 1):
-            return [_store_error(error)] * len(operations)
-        return [self._outcome(lambda one=one: self._commit([one])) if not (isinstance(one, Settlement) and self._is_late(one))  # type: ignore[misc]
-                else self._outcome(lambda one=one: self._record_late(one)) for one in operations]  # type: ignore[misc]
+        return StoreError("connection or lease was lost again and again")
 
     def _give_up(self, queue_id: str) -> None:
         """A message whose client was told that it is not queued."""
@@ -678,7 +679,7 @@ class PostgresStore:
             self._unsure = True
             self._steady_since = time.monotonic()
             if not self._was_committed():
-                raise DatabaseDown(str(error)) from error
+                raise _Undone(str(error)) from error
             rows = [[] for _ in range(len(statements) + 1)]
         self._sure_until = began + self._lease_s
         return rows[:-1]
@@ -724,7 +725,7 @@ class PostgresStore:
         messages: list[tuple[Any, ...]] = []
         recipients: list[tuple[Any, ...]] = []
         events: list[tuple[Any, ...]] = []
-        born: list[str] = []
+        born: list[tuple[Envelope, Message]] = []
         updates: list[tuple[Any, ...]] = []
         doomed: list[str] = []
         pieces: list[str] = []
@@ -738,6 +739,8 @@ class PostgresStore:
                 continue
             births: Iterable[tuple[Envelope, Message, bytes]]
             if isinstance(operation, _Put):
+                if operation.given_up:
+                    continue
                 births = ((operation.envelope, operation.message, operation.body),)
             else:
                 births = [(envelope, message, self._octets_of(message)) for envelope, message in operation.births
@@ -746,7 +749,7 @@ class PostgresStore:
             for envelope, message, body in births:
                 messages.append(_message_row(envelope, message, body))
                 recipients.extend(pgschema.recipient_row(envelope.id, r, self._id) for r in envelope.recipients)
-                born.append(envelope.id)
+                born.append((envelope, message))
             events += self._event_rows(operation.events)
         statements: list[tuple[str, Any]] = [
             (statement, columns(rows, *kinds)) for rows, (statement, kinds) in (
@@ -765,32 +768,25 @@ class PostgresStore:
         if released and time.monotonic() - self._notified_at > 1.0:
             self._notified_at = time.monotonic()
             statements.append(("SELECT pg_notify(%s, %s)", (pgschema.CHANNEL, f"due {self._tag}")))
-        known = [queue_id for queue_id in born if queue_id in self._claims]
-        for operation in operations:
-            if isinstance(operation, _Put | Settlement):
-                for envelope, message in ((operation.envelope, operation.message),) if isinstance(operation, _Put) else operation.births:
-                    if envelope.id in born and envelope.id not in known:
-                        self._claim_whole(envelope, isinstance(message.body, FileBody))
+        known = {envelope.id for envelope, _ in born if envelope.id in self._claims}
+        for envelope, message in born:
+            if envelope.id not in known:
+                self._claim_whole(envelope, isinstance(message.body, FileBody))
         try:
             self._transact(statements)
-        except _Lapsed:
-            if not self._came(born):
-                self._disown(born, known)
+        except BaseException as error:
+            ids = [envelope.id for envelope, _ in born]
+            if not (isinstance(error, _Lapsed) and self._came(ids)):
+                for queue_id in ids:
+                    if queue_id not in known:
+                        self._claims.pop(queue_id, None)
                 raise
-        except BaseException:
-            self._disown(born, known)
-            raise
         self._undo.difference_update(undone)
         for queue_id, numbers, count in settled:
             done = self._claims.get(queue_id)
             if done is not None and done.open is not None:
                 done.open -= count
             self._unclaim(queue_id, numbers)
-
-    def _disown(self, born: Iterable[str], known: Sequence[str]) -> None:
-        for queue_id in born:
-            if queue_id not in known:
-                self._claims.pop(queue_id, None)
 
     def _event_rows(self, events: Iterable[Event]) -> list[tuple[Any, ...]]:
         rows = []
@@ -820,9 +816,11 @@ class PostgresStore:
 
     # --- what came after the lease -------------------------------------------------------------------------------
 
-    def _is_late(self, settlement: Settlement) -> bool:
-        """Whether its claim was made under a lease that is lost."""
-        claim = self._claims.get(settlement.envelope.id)
+    def _is_late(self, operation: Any) -> bool:
+        """Whether it is the result of a claim made under a lease that is lost."""
+        if not isinstance(operation, Settlement):
+            return False
+        claim = self._claims.get(operation.envelope.id)
         return claim is not None and claim.owner != self._id
 
     def _record_late(self, settlement: Settlement) -> None:
