@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 class Services:
     """hostname; log; metrics; clock() in Unix seconds; resolver or None; config; state; spawn(fn, *args); batch(name)."""
 
-    __slots__ = ("_batches", "_database", "_deadlines", "_state", "clock", "config", "hostname", "log", "metrics", "resolver")
+    __slots__ = ("_batches", "_database", "_deadlines", "_state", "agent", "clock", "config", "hostname", "log", "metrics", "resolver")
 
     def __init__(self, config: Config, log: Log, metrics: Metrics, *, hostname: str | None = None,
                  clock: Callable[[], float] = time.time, resolver: Any = None) -> None:
         self.config = config
+        self.agent = ""  # address of the delivery agent's socket, where there is one
         self.log = log
         self.metrics = metrics
         self.hostname = config.gmta.hostname if hostname is None else hostname
@@ -72,8 +73,12 @@ class Services:
 
     @property
     def state(self) -> State:
-        """The state that all workers share, opened when it is first used."""
-        if self._state is None:
+        """The state that all workers share, of all nodes where they have one database, opened when it is first used."""
+        if self._state is None and self.database is not None:
+            from gmta.services.state_postgres import PostgresState
+
+            self._state = PostgresState(self.database, self.log, self.clock)
+        elif self._state is None:
             from gmta.services.state import SqliteState
 
             self._state = SqliteState(os.path.join(self.config.gmta.data_dir, "state.db"),

@@ -1,4 +1,4 @@
-"""State that all workers share: counters with expiry and small values, gone when their time is over.
+"""State that all workers share: counters with expiry and small values, gone when their time is over. Here: in a file of this machine.
 
     total = services.state.add("greylist:192.0.2.1", 1, ttl_s=3600)
     services.state.set("sts:example.org", {"mode": "enforce"}, ttl_s=86400)
@@ -8,8 +8,8 @@ Keys are text, values whatever JSON has. Everything has an expiry, at most a yea
 go soonest. Mail never depends on it: what is here can be found out again, so it is written without a sync of its own. Callers in
 greenlets wait without stalling the loop; what several want at one moment is one transaction of the native thread.
 
-Failure: nothing outside makes a method raise. Where the file can't be used (disk full, damaged) `get` finds nothing new, `set` and
-`add` count for this worker alone, and the log says so once; a damaged file is set aside and a new one begun.
+Failure: nothing outside makes a method raise. Where the file (state_postgres: the database) can't be used `get` finds nothing new,
+`set` and `add` count for this worker alone, and the log says so once; a damaged file is set aside and a new one begun.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class State(Protocol):
         """Ends it."""
 
 
-class _Op(NamedTuple):
-    """One wish to the native thread."""
+class Op(NamedTuple):
+    """One wish to whoever keeps the state: get, set, add, delete or scan."""
 
     kind: str
     key: str
@@ -93,26 +93,39 @@ class _Op(NamedTuple):
     limit: int = 0
 
 
-class SqliteState:
-    """State in one SQLite file that the workers of this machine share. batch(run) -> Batch; clock: Unix seconds."""
+class Keeper(Protocol):
+    """Where the state is: answers come in the order of the ops, those of one moment together; it raises one of `errors` for all."""
 
-    def __init__(self, path: str, batch: Callable[[Callable[[list[Any]], list[Any]]], Batch], log: Log,
-                 clock: Callable[[], float] = time.time) -> None:
+    errors: tuple[type[Exception], ...]
+
+    def submit_all(self, ops: list[Op]) -> list[Any]:
+        """(JSON text, expiry) or None for a get, the total for an add, (key, text) pairs for a scan, None for the rest."""
+
+    def post(self, op: Op) -> None:
+        """The same without waiting for it."""
+
+    def close(self) -> None:
+        """Writes what is under way."""
+
+
+class KeptState:
+    """State that a Keeper keeps, with a cache of what was read of late. clock: Unix seconds."""
+
+    def __init__(self, keeper: Keeper, log: Log, clock: Callable[[], float] = time.time) -> None:
         self._log = log
         self._clock = clock
-        self._file = _File(path)
-        self._batch = batch(self._file.run)
+        self._keeper = keeper
         self._cache: OrderedDict[str, tuple[Any, float, float]] = OrderedDict()  # key -> value, expiry, when it was true
         self._failing = False
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value, as of at most FRESH_S ago; `default` where there is none."""
         now = self._clock()
-        key = _plain(key)
+        key = plain(key)
         kept = self._cache.get(key)
         if kept is not None and (now - FRESH_S <= kept[2] <= now or self._failing):
             return kept[0] if kept[1] > now else default
-        found = self._do(_Op("get", key, now=now))
+        found = self._do(Op("get", key, now=now))
         if found is _UNKNOWN:
             return kept[0] if kept is not None and kept[1] > now else default
         if found is None:
@@ -128,9 +141,9 @@ class SqliteState:
         if len(text) > MAX_VALUE:
             raise ValueError(f"a value of {len(text)} characters for {key[:80]!r}")
         now = self._clock()
-        key, expires_at = _plain(key), now + min(ttl_s, MAX_TTL_S)
+        key, expires_at = plain(key), now + min(ttl_s, MAX_TTL_S)
         self._keep(key, value, expires_at, now)
-        self._do(_Op("set", key, text, expires_at=expires_at, now=now))
+        self._do(Op("set", key, text, expires_at=expires_at, now=now))
 
     def add(self, key: str, amount: float = 1, ttl_s: float = 3600.0) -> float:
         """Adds to a counter and returns its total; ttl_s counts from its first addition."""
@@ -139,11 +152,11 @@ class SqliteState:
     def add_all(self, amounts: Sequence[tuple[str, float, float]]) -> list[float]:
         """`add` of many (key, amount, ttl_s) with one wait; their totals."""
         now = self._clock()
-        ops = [_Op("add", _plain(key), "", amount, now + min(ttl_s, MAX_TTL_S), now) for key, amount, ttl_s in amounts]
+        ops = [Op("add", plain(key), "", amount, now + min(ttl_s, MAX_TTL_S), now) for key, amount, ttl_s in amounts]
         return [self._counted(op, total, now) for op, total in zip(ops, self._do_all(ops), strict=True)]
 
-    def _counted(self, op: _Op, total: Any, now: float) -> float:
-        """The total that the native thread has found, or this worker's own where there is none."""
+    def _counted(self, op: Op, total: Any, now: float) -> float:
+        """The total that was found, or this worker's own where there is none."""
         key, amount = op.key, op.amount
         if total is _UNKNOWN:
             kept = self._cache.get(key)
@@ -157,25 +170,24 @@ class SqliteState:
     def count(self, key: str, amount: float = 1, ttl_s: float = 3600.0) -> None:
         """`add` without waiting for it to be done."""
         now = self._clock()
-        key = _plain(key)
+        key = plain(key)
         self._cache.pop(key, None)
-        self._batch.post(_Op("add", key, "", amount, now + min(ttl_s, MAX_TTL_S), now))
+        self._keeper.post(Op("add", key, "", amount, now + min(ttl_s, MAX_TTL_S), now))
 
     def delete(self, key: str) -> None:
         """Forgets a key."""
-        key = _plain(key)
+        key = plain(key)
         self._cache.pop(key, None)
-        self._do(_Op("delete", key))
+        self._do(Op("delete", key))
 
     def scan(self, prefix: str, limit: int = 10000) -> list[tuple[str, Any]]:
         """The keys that begin so, in order, with their values."""
-        found = self._do(_Op("scan", _plain(prefix), now=self._clock(), limit=limit))
+        found = self._do(Op("scan", plain(prefix), now=self._clock(), limit=limit))
         return [] if found is _UNKNOWN else [(key, json.loads(text)) for key, text in found]
 
     def close(self) -> None:
-        """Writes what is under way; the native thread is its batch's, whose owner ends it."""
-        self._batch.close()
-        self._file.close()
+        """Writes what is under way."""
+        self._keeper.close()
 
     def _keep(self, key: str, value: Any, expires_at: float, now: float) -> None:
         cache = self._cache
@@ -184,15 +196,15 @@ class SqliteState:
         if len(cache) > CACHED:
             cache.popitem(last=False)
 
-    def _do(self, op: _Op) -> Any:
-        """The native thread's answer, or _UNKNOWN."""
+    def _do(self, op: Op) -> Any:
+        """The keeper's answer, or _UNKNOWN."""
         return self._do_all([op])[0]
 
-    def _do_all(self, ops: list[_Op]) -> list[Any]:
+    def _do_all(self, ops: list[Op]) -> list[Any]:
         """Its answers."""
         try:
-            answers = self._batch.submit_all(ops)
-        except (sqlite3.Error, OSError, RuntimeError) as error:
+            answers = self._keeper.submit_all(ops)
+        except self._keeper.errors as error:
             if not self._failing:
                 self._failing = True
                 self._log.warning("state can't be kept", error=str(error))
@@ -210,6 +222,31 @@ class _Unknown:
 _UNKNOWN = _Unknown()
 
 
+class SqliteState(KeptState):
+    """State in one SQLite file that the workers of this machine share. batch(run) -> Batch."""
+
+    def __init__(self, path: str, batch: Callable[[Callable[[list[Any]], list[Any]]], Batch], log: Log,
+                 clock: Callable[[], float] = time.time) -> None:
+        super().__init__(_Thread(_File(path), batch), log, clock)
+
+
+class _Thread:
+    """The Keeper of a file: a batch of a native thread."""
+
+    errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError, RuntimeError)
+
+    def __init__(self, file: _File, batch: Callable[[Callable[[list[Any]], list[Any]]], Batch]) -> None:
+        self._file = file
+        self._batch = batch(file.run)
+        self.submit_all = self._batch.submit_all
+        self.post = self._batch.post
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._batch.close()
+        self._file.close()
+
+
 class _File:
     """The native thread's side: the database, opened at the first batch."""
 
@@ -219,7 +256,7 @@ class _File:
         self._purge_at = 0.0
         self._inode = 0
 
-    def run(self, ops: list[_Op]) -> list[Any]:
+    def run(self, ops: list[Op]) -> list[Any]:
         """One transaction of all that waits; raises sqlite3.Error or OSError for all."""
         try:
             return self._run(ops)
@@ -242,7 +279,7 @@ class _File:
             if os.path.exists(self._path + suffix):
                 os.replace(self._path + suffix, f"{self._path}{suffix}.damaged")
 
-    def _run(self, ops: list[_Op]) -> list[Any]:
+    def _run(self, ops: list[Op]) -> list[Any]:
         database = self._database or self._open()
         writing = any(op.kind not in ("get", "scan") for op in ops)
         database.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
@@ -281,7 +318,7 @@ class _File:
             database.close()
 
 
-def _apply(database: sqlite3.Connection, op: _Op) -> Any:
+def _apply(database: sqlite3.Connection, op: Op) -> Any:
     if op.kind == "get":
         return database.execute(_GET, (op.key, op.now)).fetchone()
     if op.kind == "add":
@@ -298,7 +335,7 @@ def _apply(database: sqlite3.Connection, op: _Op) -> Any:
     return None
 
 
-def _plain(key: str) -> str:
+def plain(key: str) -> str:
     """The key as it is kept: one that is too long by its hash, one that is no Unicode with escapes."""
     if len(key) > MAX_KEY:
         key = f"{key[:MAX_KEY // 2]}#{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
@@ -314,16 +351,16 @@ class MemoryState:
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value; `default` where there is none."""
-        row = self._rows.get(_plain(key))
+        row = self._rows.get(plain(key))
         return json.loads(row[0]) if row is not None and row[1] > self._clock() else default
 
     def set(self, key: str, value: Any, ttl_s: float) -> None:
         """Keeps a value for so long."""
-        self._rows[_plain(key)] = (json.dumps(value), self._clock() + min(ttl_s, MAX_TTL_S))
+        self._rows[plain(key)] = (json.dumps(value), self._clock() + min(ttl_s, MAX_TTL_S))
 
     def add(self, key: str, amount: float = 1, ttl_s: float = 3600.0) -> float:
         """Adds to a counter and returns its total; ttl_s counts from its first addition."""
-        key, now = _plain(key), self._clock()
+        key, now = plain(key), self._clock()
         row = self._rows.get(key)
         known = json.loads(row[0]) if row is not None and row[1] > now else 0
         total = (known if isinstance(known, (int, float)) else 0) + amount
@@ -340,11 +377,11 @@ class MemoryState:
 
     def delete(self, key: str) -> None:
         """Forgets a key."""
-        self._rows.pop(_plain(key), None)
+        self._rows.pop(plain(key), None)
 
     def scan(self, prefix: str, limit: int = 10000) -> list[tuple[str, Any]]:
         """The keys that begin so, in order, with their values."""
-        prefix, now = _plain(prefix), self._clock()
+        prefix, now = plain(prefix), self._clock()
         return [(key, json.loads(text)) for key, (text, expires_at) in sorted(self._rows.items())
                 if key.startswith(prefix) and expires_at > now][:limit]
 
