@@ -112,7 +112,7 @@ def _domain(value: str) -> str:
 def _host(value: str) -> str:
     """A host's name, in the form that domains compare by."""
     if value.startswith("["):
-        raise ValueError("a host name, not an address")
+        raise ValueError("a host name")
     return _domain(value)
 
 

@@ -74,7 +74,8 @@ class ServerTls:
         """What tells whether the files are others than before."""
         certificate, key, _, names, client_ca = self._files
         paths = [certificate, key, client_ca, *(path for files in (names or {}).values() for path in files)]
-        return tuple((found.st_mtime_ns, found.st_size, found.st_ino) for found in map(os.stat, filter(None, paths)))
+        # not the time of the last change to the content: a copy may keep its original's, and permissions do not touch it
+        return tuple((found.st_ctime_ns, found.st_size, found.st_ino) for found in map(os.stat, filter(None, paths)))
 
     def wrap_socket(self, sock: Any, **how: Any) -> Any:
         """A TLS socket on `sock`; the handshake is the caller's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import ssl
 from pathlib import Path
@@ -15,7 +16,7 @@ from gevent.ssl import SSLContext
 from gmta import hookimpl, reject
 from gmta.config import ConfigError
 from gmta.mail.session import TlsInfo
-from gmta.services.tls import ServerTls, tls_info
+from gmta.services.tls import SETTLE_S, ServerTls, TlsError, tls_info
 from gmta.testing import FakeClock, MemoryServer, make_config, run
 from gmta.testing.authority import Authority
 from gmta.testing.fakes import MemoryLog
@@ -300,6 +301,48 @@ def test_certificates_are_read_again_when_they_change(tmp_path: Path) -> None:
     put(first)
     clock.advance(2)
     assert shaken(server, client(authority))[2] == first.der[0]
+
+
+def test_a_pair_that_is_being_replaced_at_the_start(tmp_path: Path) -> None:
+    """A worker that starts between the new key and the new certificate waits for the other one; not for ever."""
+    authority, clock = Authority(tmp_path), FakeClock()
+    old, new = authority.issue("mx.example.test"), authority.issue("mx.example.test")
+    live = (str(tmp_path / "live.crt"), new[1])
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        clock.advance(seconds)
+        if len(waits) == 2:
+            Path(live[0]).write_bytes(Path(old[0]).read_bytes())
+        if len(waits) == 4:
+            Path(live[0]).write_bytes(Path(new[0]).read_bytes())
+
+    server = ServerTls(*live, clock=clock, sleep=sleep)  # at first there is no certificate at all
+    assert shaken(server, client(authority))[2] == new.der[0] and len(waits) == 4
+    waits[:] = [0.0] * 10
+    with pytest.raises(TlsError, match=r"(?i)key.values.mismatch"):
+        ServerTls(old[0], new[1], clock=clock, sleep=sleep)
+    assert SETTLE_S <= sum(waits) < SETTLE_S + 0.2
+
+
+def test_a_change_that_leaves_time_and_size_is_seen(tmp_path: Path) -> None:
+    """A copy that keeps the time of its original; a key that is only now made readable changes no more than that."""
+    authority, clock = Authority(tmp_path), FakeClock()
+    one, other = authority.issue("mx.example.test"), authority.issue("mx.example.test")
+    live = tmp_path / "live.pem"
+
+    def put(issued: tuple[str, str]) -> None:
+        live.write_bytes(b"".join(Path(file).read_bytes() for file in issued).ljust(4000, b"\n"))
+
+    put(one)
+    found = os.stat(live)
+    server = ServerTls(str(live), None, clock=clock)
+    while os.stat(live).st_ctime_ns == found.st_ctime_ns:  # a kernel's clock for files may tick every 4 ms
+        put(other)
+        os.utime(live, ns=(found.st_atime_ns, found.st_mtime_ns))
+    clock.advance(2)
+    assert shaken(server, client(authority))[2] == other.der[0]
 
 
 def test_certificates_by_name(tmp_path: Path) -> None:
