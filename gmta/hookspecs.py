@@ -90,7 +90,12 @@ class Delivery:
 
 
 class Transport(Protocol):
-    """What delivers. Optional: `next_hop(address) -> str`, the lane's key (without it one lane a transport), and `close()`."""
+    """What delivers. Optional: `next_hop(address) -> str`, the lane's key (without it one lane a transport), `close()`, and `let_go(next_hop)`:
+    close the connections kept for that lane, another node is to have its turn.
+
+    Also `user_of(address) -> str`: the account that delivers, where its section has the key `user` and the delivery agent is there; then
+    `deliver` gets recipients of one account, in a process of that account. `longest_s`: seconds that a delivery may take.
+    """
 
     concurrency: int
 

@@ -35,6 +35,7 @@ TAKEN_S = 1.0
 RESTART_S = 1.0  # between tries to start a worker that can't be started at all
 BACKLOG = 4096
 WORKER = (sys.executable, "-m", "gmta.worker")
+AGENT = (sys.executable, "-m", "gmta.agent")
 
 Key = tuple[str, str, int]  # listener, host, port
 
@@ -54,13 +55,72 @@ class Listening:
         self.shared = shared
 
 
+class AgentProcess:
+    """The delivery agent (gmta.agent) of a configuration: its socket, which outlives it, and its process. uid: of the workers."""
+
+    def __init__(self, config: Config, uid: int) -> None:
+        self.config = config
+        self._uid = uid
+        self._start_at = 0.0
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._life = -1
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind("")  # a name of the kernel's choice, in no directory (unix(7), autobind)
+        self._socket.listen(BACKLOG)
+        self.address: str = self._socket.getsockname().decode("latin-1")
+
+    def watch(self, now: float, log: Log) -> None:
+        """Starts the process where there is none."""
+        if self._popen is not None and self._popen.poll() is not None:
+            log.error("delivery agent ended", pid=self._popen.pid, status=self._popen.returncode, restart_in_s=RESTART_S)
+            self._forget()
+            self._start_at = now + RESTART_S
+        if self._popen is None and now >= self._start_at:
+            try:
+                self._start()
+            except OSError as error:
+                self._start_at = now + RESTART_S
+                log.error("delivery agent can't be started", error=str(error), next_try_s=RESTART_S)
+
+    def _start(self) -> None:
+        snapshot = memory_file(self.config)
+        life_read, self._life = os.pipe()
+        given = json.dumps({"config": snapshot, "socket": self._socket.fileno(), "uid": self._uid, "life": life_read,
+                            "log": [self.config.gmta.log_level, self.config.gmta.log_format]})
+        try:
+            self._popen = subprocess.Popen(AGENT, pass_fds=[snapshot, self._socket.fileno(), life_read], env={**os.environ, "GMTA_AGENT": given},
+                                           stdin=subprocess.DEVNULL, cwd="/")
+        except OSError:
+            self._forget()
+            raise
+        finally:
+            os.close(snapshot)
+            os.close(life_read)
+
+    def _forget(self) -> None:
+        self._popen = None
+        if self._life >= 0:
+            os.close(self._life)
+            self._life = -1
+
+    def stop(self) -> None:
+        """Ends it; what its forks have begun they end."""
+        if self._popen is not None:
+            self._popen.terminate()
+            self._popen.wait()
+        self._forget()
+        self._socket.close()
+
+
 class Process:
     """One worker process as the supervisor sees it. beat: descriptor its heartbeat comes from; life: one that ends with us."""
 
-    __slots__ = ("beat", "killed", "last_beat", "life", "number", "popen", "ready", "reopen", "stopping_since")
+    __slots__ = ("agent", "beat", "killed", "last_beat", "life", "number", "popen", "ready", "reopen", "stopping_since")
 
-    def __init__(self, popen: subprocess.Popen[bytes], number: int, beat: int, life: int, started_at: float) -> None:
+    def __init__(self, popen: subprocess.Popen[bytes], number: int, beat: int, life: int, started_at: float,
+                 agent: AgentProcess | None = None) -> None:
         self.popen = popen
+        self.agent = agent
         self.number = number
         self.beat = beat
         self.life = life
@@ -112,6 +172,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._reload: Reload | None = None
         self._reload_again = False
+        self._agents: list[AgentProcess] = []
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -132,6 +193,7 @@ class Supervisor:
             self._stop()
         while not self.done:
             self.step(0.25)
+        self._watch_agents()
         return self.status
 
     def start(self) -> None:
@@ -163,6 +225,7 @@ class Supervisor:
             self.act(self._signals.pop(0))
         self._reap()
         self._watch()
+        self._watch_agents()
         self._notifier.alive()
 
     def act(self, signum: int) -> None:
@@ -233,11 +296,12 @@ class Supervisor:
         count = config.gmta.workers
         sockets = [(key[0], sock.fileno()) for key, have in listening.items()
                    for index, sock in enumerate(have.sockets) if have.shared or index % count == number]
-        snapshot = os.memfd_create("gmta-config")
-        os.write(snapshot, config.snapshot().encode())
+        agent = self._agent_of(config)
+        snapshot = memory_file(config)
         beat_read, beat_write = os.pipe()
         life_read, life_write = os.pipe()
-        given = json.dumps({"config": snapshot, "sockets": sockets, "beat": beat_write, "life": life_read, "number": number})
+        given = json.dumps({"config": snapshot, "sockets": sockets, "beat": beat_write, "life": life_read, "number": number,
+                            "agent": agent.address if agent is not None else ""})
         passed = [snapshot, beat_write, life_read, *(descriptor for _, descriptor in sockets)]
         account = worker_account(config)
         identity: dict[str, Any] = {}
@@ -254,9 +318,30 @@ class Supervisor:
             for descriptor in (snapshot, beat_write, life_read):
                 os.close(descriptor)
         os.set_blocking(beat_read, False)
-        process = Process(popen, number, beat_read, life_write, self._now_s())
+        process = Process(popen, number, beat_read, life_write, self._now_s(), agent)
         self._selector.register(beat_read, selectors.EVENT_READ, process)
         return process
+
+    def _agent_of(self, config: Config) -> AgentProcess | None:
+        """The agent that a configuration needs, made at the first time. Raises ConfigError, OSError."""
+        if os.geteuid() != 0 or not any(section.get("user") for section in config.transports.values()):
+            return None
+        agent = next((one for one in self._agents if one.config is config), None)
+        if agent is None:
+            account = worker_account(config)
+            agent = AgentProcess(config, os.geteuid() if account is None else account.pw_uid)
+            self._agents.append(agent)
+            agent.watch(self._now_s(), self._log)
+        return agent
+
+    def _watch_agents(self) -> None:
+        """Keeps the agents that have workers, ends the others."""
+        for agent in list(self._agents):
+            if (agent.config is self.config and not self._stopping) or any(process.agent is agent for process in self._all()):
+                agent.watch(self._now_s(), self._log)
+            else:
+                self._agents.remove(agent)
+                agent.stop()
 
     def _start_all(self, config: Config, listening: dict[Key, Listening], workers: list[Process]) -> None:
         """Starts every worker of a configuration, into `workers`; raises ConfigError."""
@@ -407,6 +492,13 @@ class Supervisor:
         if self._reload_again:
             self._reload_again = False
             self._begin_reload()
+
+
+def memory_file(config: Config) -> int:
+    """A configuration as a process gets it that is started with it: an open file without a name."""
+    file = os.memfd_create("gmta-config")
+    os.write(file, config.snapshot().encode())
+    return file
 
 
 def listen(host: str, port: int, *, first: bool = False) -> socket.socket:

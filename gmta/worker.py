@@ -22,6 +22,7 @@ import gevent  # noqa: E402
 from gevent.event import Event as Flag  # noqa: E402
 
 from gmta.config import ACME, EX_CONFIG, Config, ConfigError  # noqa: E402
+from gmta.deliver.agent import AgentTransport  # noqa: E402
 from gmta.deliver.scheduler import Scheduler  # noqa: E402
 from gmta.mail.address import Address  # noqa: E402
 from gmta.mail.reply import NO_PROXY  # noqa: E402
@@ -51,13 +52,17 @@ GRACE_S = 2.0  # sessions under way when the worker is to leave may begin messag
 class Worker:
     """A worker's objects. sockets: (listener name, listening socket)."""
 
-    def __init__(self, config: Config, sockets: list[tuple[str, Any]], number: int) -> None:
+    def __init__(self, config: Config, sockets: list[tuple[str, Any]], number: int, agent: str = "") -> None:
         self.config = config
         self.number = number
         self.log = Log(config.gmta.log_level, config.gmta.log_format, config.gmta.log_file or None)
         self.metrics = Metrics(config.metrics.address, os.path.join(config.gmta.data_dir, "metrics"))
         self.services = Services(config, self.log, self.metrics, resolver=Resolver.configured(config))
+        self.services.agent = agent
         self.plugins = PluginManager(config, self.services, self.log, self.metrics)
+        for name, transport in list(self.plugins.transports.items()) if agent else ():
+            if config.transports[name].get("user") and hasattr(transport, "user_of"):
+                self.plugins.transports[name] = AgentTransport(transport, agent, self.log)
         self.ids = IdSource(self.services.clock)
         self.store = self._open_store()
         self.scheduler = Scheduler(config, self.store, self.plugins, self.services, self.ids)
@@ -271,7 +276,7 @@ def main() -> int:
     try:
         config = Config.from_snapshot(text)
         sockets = [(name, socket.socket(fileno=descriptor)) for name, descriptor in given["sockets"]]
-        worker = Worker(config, sockets, given["number"])
+        worker = Worker(config, sockets, given["number"], given.get("agent", ""))
     except ConfigError as error:
         print("\n".join(error.errors), file=sys.stderr)
         return EX_CONFIG

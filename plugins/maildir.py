@@ -1,7 +1,7 @@
 """Transport `maildir`: writes messages into Maildirs and their folders, synced, each once, within a quota.
 
 Hooks: get_transports; check_rcpt (quota, and mailboxes that are not there), on_worker_started: these need the name `maildir` in
-[plugins] enable.  Keys of [transport:NAME]: path, a template with {local}, {domain}, {user} and {detail}; detail_separator,
+[plugins] enable.  Keys of [transport:NAME]: path, a template with {local}, {domain}, {user}, {detail} and {home}; user, detail_separator,
 detail_folders, quarantine_folder, fold_case, normalize, create, missing, symlinks, owner, directory_mode, file_mode, loop_check, quota,
 quota_messages, quota_file, quota_style, over_quota.  Replies: 250 2.1.5 delivered; 552 5.2.2 or 452 4.2.2 mailbox full; 550 5.1.1 or
 450 4.2.0 no mailbox; 554 5.4.6 loop; 550 5.1.3 a name too long; 452 4.3.1 no room, 451 4.3.0 any other fault of the file system (both
@@ -16,6 +16,9 @@ RFC 9228).
 What a recipient's address makes of the path is entered one directory at a time from the fixed part on, and no symbolic link is
 followed there: whoever may write into a mailbox can't send mail elsewhere. Quotas are those of Maildir++: the file maildirsize, which
 Dovecot's and Courier's servers keep too. Which recipients there are is left to the plugins that permit them.
+
+With `user` all this is done as that account, in the delivery agent (gmta.agent) where the workers are another; who is no account has
+550 5.1.1 and root has 550 5.7.1, and a mailbox that is full or missing is told at delivery only.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ _READ = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _PASS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC  # asks for no right to read it
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAMES = 9  # tries where a name is taken
+OWN = "{user}"  # the recipient's own account
 _PARTS = ("cur", "new", "tmp")  # in the order in which they are made: who finds tmp finds all
 
 
@@ -78,7 +82,8 @@ class Config(PluginConfig):
 class TransportConfig(PluginConfig):
     """[transport:NAME] of type maildir."""
 
-    path: str = Field("var/mail/{domain}/{local}", description="directory of a mailbox: {local} {domain} {user} {detail}")
+    path: str = Field("var/mail/{domain}/{local}", description="directory of a mailbox: {local} {domain} {user} {detail}; {home}/… with `user`")
+    user: str = Field("", description="account that mailboxes are written as, or {user}: the recipient's own; needs a start as root")
     detail_separator: str = Field("+", description="what parts {user} from {detail}; empty for none")
     detail_folders: bool = Field(True, description="user+work@ goes into the folder .work where that exists")
     quarantine_folder: str = Field(".Junk", description="where mail tagged `quarantine` goes; empty: like all mail")
@@ -222,7 +227,18 @@ class Maildir:
         self.name = name
         self.config = config
         self._services = services
-        self.base, self._template = _split_path(os.path.join(services.config.base, config.path))  # relative to the configuration file
+        self._own_account = config.user == OWN
+        self._account = _account(config.user) if config.user and not self._own_account else None
+        if config.user and config.owner:
+            raise ValueError("owner: expected none where there is `user`: what it makes is its own")
+        if config.user and not services.agent and os.geteuid() not in (0, self._account.pw_uid if self._account is not None else -1):
+            services.log.warning("mail can't be delivered as another user: gmta was not started as root", transport=name)
+        home, slash, rest = config.path.partition("/")
+        self._in_home = home == "{home}" and bool(config.user)
+        if self._in_home:
+            self.base, self._template = self._account.pw_dir if self._account is not None else "", _split_path(slash + rest, fixed=False)[1]
+        else:
+            self.base, self._template = _split_path(os.path.join(services.config.base, config.path))  # relative to the configuration file
         self._separator = config.detail_separator
         self._by_detail = any("{user}" in part or "{detail}" in part for part in self._template)
         self._host = services.hostname.replace("/", "\\057").replace(":", "\\072").replace(",", "\\054")
@@ -232,14 +248,38 @@ class Maildir:
         self._overrides = Overrides(config.quota_file, services)
         self._courier = config.quota_style == "courier"
         self._batch: Any = None
+        self._is = ""  # the account that we have seen to be ours
 
     @property
     def has_quota(self) -> bool:
         """Whether any mailbox may be full."""
         return any(self._default) or self._overrides.any
 
+    def user_of(self, address: Address) -> str:
+        """The account that an address's mail is delivered as; "" for our own."""
+        return address.split_detail(self._separator)[0].lower() if self._own_account else self.config.user
+
+    def _become(self, recipients: list[RecipientState]) -> None:
+        """Sees that we are who these recipients' mail is delivered as; raises PermissionError, OSError where there is no such account."""
+        (name,) = {self.user_of(recipient.address) for recipient in recipients}
+        if name != self._is:
+            try:
+                account = _account(name)
+            except ValueError as error:
+                raise OSError(errno.EINVAL, "there is no such account") from error
+            if self._is or os.geteuid() != account.pw_uid:
+                raise PermissionError(errno.EPERM, f"not as {name}, for which gmta has to be started as root")
+            self._is = name
+            if self._in_home:
+                self.base = account.pw_dir
+
     def deliver(self, delivery: Any) -> dict[int, gmta.Outcome]:
         """Writes a file a recipient."""
+        if self.config.user:
+            try:
+                self._become(delivery.recipients)
+            except OSError as error:
+                return dict.fromkeys((recipient.number for recipient in delivery.recipients), _outcome(error))
         batch = self._batch
         if batch is None:
             batch = self._batch = self._services.batch(f"maildir:{self.name}", self._write_all, max_items=BATCH, linger_s=LINGER_S)
@@ -318,7 +358,7 @@ class Maildir:
     def room(self, address: Address, size: int) -> gmta.Outcome | None:
         """What hinders a message of that size (0: not known) now: an Outcome, or None. Raises OSError."""
         limits = self.limits(address)
-        if limits is None and self.config.create:
+        if self.config.user or (limits is None and self.config.create):
             return None
         path = self.path(address)
         outcome: gmta.Outcome | None = self._services.batch("maildir quota").submit(lambda: self._room(path, limits, size))
@@ -745,15 +785,23 @@ def folder_name(detail: str) -> str:
     return out
 
 
-def _split_path(path: str) -> tuple[str, tuple[str, ...]]:
-    """(fixed part, templates of the directories below it); raises ValueError for other words in braces."""
+def _split_path(path: str, *, fixed: bool = True) -> tuple[str, tuple[str, ...]]:
+    """(fixed part, templates of the directories below it); raises ValueError for other words in braces. fixed: whether there is one."""
     try:
         path.format(local="", domain="", user="", detail="")
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(f"path: expected only {{local}}, {{domain}}, {{user}} and {{detail}} in braces ({error})") from error
     parts = path.split("/")
-    fixed = next((index for index, part in enumerate(parts) if "{" in part or "}" in part), len(parts))
-    return os.path.abspath("/".join(parts[:fixed]) or "/"), tuple(part for part in parts[fixed:] if part)
+    end = next((index for index, part in enumerate(parts) if "{" in part or "}" in part), len(parts)) if fixed else 0
+    return os.path.abspath("/".join(parts[:end]) or "/"), tuple(part for part in parts[end:] if part)
+
+
+def _account(name: str) -> pwd.struct_passwd:
+    """An account of this machine; raises ValueError where there is none."""
+    try:
+        return pwd.getpwnam(name)
+    except KeyError as error:
+        raise ValueError(f"user: there is no account {name}") from error
 
 
 def _owner(text: str) -> tuple[int, int] | None:

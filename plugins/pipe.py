@@ -150,12 +150,20 @@ class Pipe:
                 self._account: Account | None = account(config.user)
             except KeyError as error:
                 raise ValueError(f"user: there is no account {config.user}") from error
-            if os.geteuid() not in (0, self._account.uid):
-                services.log.warning("commands can't run as another user: gmta was not started as root, or gave that up", transport=name)
         else:
             self._account = None
             if not config.user and not os.geteuid():
                 services.log.warning("commands run as root: give the transport a user", transport=name)
+        if config.user and not services.agent and os.geteuid() not in (0, self._account.uid if self._account is not None else -1):
+            services.log.warning("commands can't run as another user: gmta was not started as root", transport=name)
+        self.longest_s = config.timeout + 3 * GRACE_S
+
+    def user_of(self, address: Address) -> str:
+        """The account that runs the command for an address; "" for our own."""
+        return self._user(address) if self._own_account else self._config.user
+
+    def _user(self, address: Address) -> str:
+        return address.split_detail(self._config.detail_separator)[0].lower()
 
     def deliver(self, delivery: Any) -> dict[int, gmta.Outcome]:
         """Runs the command for each recipient, or once for all of them."""
@@ -207,7 +215,7 @@ class Pipe:
         """The account to run as, or None for our own; raises Unfit."""
         if not self._own_account:
             return self._account
-        names = {address.split_detail(self._config.detail_separator)[0].lower() for address in addresses}
+        names = {self._user(address) for address in addresses}
         try:
             (name,) = names
             found: Account = gevent.get_hub().threadpool.apply(account, (name,))  # may ask a directory over the network
@@ -275,7 +283,8 @@ class Pipe:
         if message.size <= IN_MEMORY and hasattr(os, "memfd_create"):
             file = os.memfd_create("message", os.MFD_CLOEXEC)
         else:
-            file, path = tempfile.mkstemp(prefix="pipe-", dir=self._services.config.gmta.data_dir)
+            data_dir = self._services.config.gmta.data_dir
+            file, path = tempfile.mkstemp(prefix="pipe-", dir=data_dir if os.access(data_dir, os.W_OK) else None)
             os.unlink(path)
         try:
             for piece in self._content(delivery, addresses):

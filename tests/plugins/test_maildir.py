@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pwd
 import shutil
 import threading
 import unicodedata
@@ -777,6 +778,42 @@ def test_quota_without_the_hook_is_warned_of(tmp_path: Path) -> None:
     services = Services(config, MemoryLog(), Metrics(), hostname="mx.example")
     PluginManager(config, services, services.log).close()
     assert "maildir is not in [plugins] enable" in str(services.log.lines)  # type: ignore[attr-defined]
+
+
+# --- users ------------------------------------------------------------------------------------------------------
+
+
+def account(monkeypatch: pytest.MonkeyPatch, **homes: Path) -> None:
+    """Accounts of these names, all of them ours."""
+    def entry(name: str) -> pwd.struct_passwd:
+        return pwd.struct_passwd((name, "x", os.geteuid(), os.getegid(), "", str(homes[name]), "/bin/sh"))
+    monkeypatch.setattr("gmta_plugins.maildir.pwd.getpwnam", entry)
+
+
+def test_home_of_a_user(make: Callable[..., Maildir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    account(monkeypatch, joe=home, ann=home)
+    transport = make(path="{home}/mail/{domain}", user="{user}")
+    assert transport.user_of(address("Joe+x")) == "joe"
+    assert deliver(transport, address("Joe+x")).status is Status.DELIVERED
+    assert len(files(home / "mail/c.example")) == 1
+    assert deliver(transport, address("ann")).status is Status.DEFERRED  # another account: another process
+    assert deliver(make(path="{home}/Maildir", user="joe"), address("whoever")).status is Status.DELIVERED
+    assert len(files(home / "Maildir")) == 1
+
+
+def test_mail_is_never_written_as_somebody_else(make: Callable[..., Maildir], tmp_path: Path) -> None:
+    transport = make(path=f"{tmp_path}/{{user}}", user="{user}")
+    assert deliver(transport, address("nobody")).status is (Status.DEFERRED if os.geteuid() != pwd.getpwnam("nobody").pw_uid else Status.DELIVERED)
+    assert deliver(transport, address("no-such-account")).status is Status.DEFERRED
+    assert not list(tmp_path.glob("no*"))
+
+
+@pytest.mark.parametrize("keys", [{"user": "no-such-account"}, {"user": "root", "owner": "root"}, {"path": "{home}/Maildir"}, {"path": "x/{home}", "user": "root"}])
+def test_users_that_can_not_be(make: Callable[..., Maildir], keys: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"user|path|owner"):
+        make(**keys)
 
 
 def test_every_key_is_documented() -> None:
