@@ -68,7 +68,6 @@ class Connection:
         opened = False
         self._deadlines.watch(self)
         try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if not admitted:
                 self._last_word(replies.TOO_MANY_CONNECTIONS)
                 return "refused"
@@ -243,7 +242,8 @@ class Connection:
                 self._phase_ends = now + limits.data_timeout
             if self._slow(now):
                 self._cut = replies.TOO_SLOW
-            wait_s, size = limits.data_rate_after, RECEIVE_DATA  # to look at the rate again
+            wait_s = limits.data_rate_after  # to look at the rate again
+            size = RECEIVE if self._data_octets < RECEIVE else RECEIVE_DATA  # a buffer past 128 KiB is mapped anew each time
         else:
             wait_s, size = limits.command_timeout_pressure if self._limits.pressed else limits.command_timeout, RECEIVE
             if self._data_since or not self._phase_ends or not protocol.buffered:
