@@ -46,6 +46,7 @@ RIGHT, WRONG, CLEAR, WEB, EXIM = "127.0.0.31", "127.0.0.32", "127.0.0.33", "127.
 FILE = "version: STSv1\r\nmode: {}\r\nmx: *.sts.example\r\nmax_age: 86400\r\n"
 STS = {"enforced": "enforce", "broken": "enforce", "trial": "testing", "unserved": None}
 SECURE = ("right", "wrong", "dark", "cleartext", "none")
+EIGHT_BITS = "MIME-Version: 1.0\r\nContent-Type: text/html; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n"
 HEADERS = "/^(Content-Type|Subject):/ INFO\n"
 
 
@@ -424,14 +425,16 @@ noteven A {CLEAR}
         return {"secure.example": sign("secure.example", secure, spoil=f"_{port}._tcp.dark.secure.example"),
                 "bogus.example": sign("bogus.example", "@ A 192.0.2.1\n", honest=False), "plain.example": plain, "example": sts}
 
-    def send(self, subject: str, *to: str, lines: int = 3, sender: str = "sender@example.test", envid: str = "") -> str:
-        """Hands a message in; returns its queue id."""
+    def send(self, subject: str, *to: str, lines: int = 3, sender: str = "sender@example.test", envid: str = "",
+             more: str = "") -> str:
+        """Hands a message in; returns its queue id. more: text behind its lines."""
         with smtplib.SMTP("127.0.0.1", self.gmta.port) as client:
             client.ehlo("client.example.test")
-            client.mail(sender, [f"ENVID={envid}"] if envid else [])
+            client.mail(sender, ["BODY=8BITMIME", *([f"ENVID={envid}"] if envid else [])])
             for recipient in to:
                 client.rcpt(recipient)
-            code, said = client.data(f"From: {sender}\r\nSubject: {subject}\r\n\r\n" + "..line\r\n" * lines)
+            text = f"From: {sender}\r\nSubject: {subject}\r\n{EIGHT_BITS}\r\n" + "..line\r\n" * lines + more
+            code, said = client.data(text.encode())
             assert code == 250, said
         return said.decode().rpartition(" ")[2]
 
@@ -508,7 +511,7 @@ def test_recipients_that_the_peer_refuses(world: World, domain: str) -> None:
 def test_a_report_is_read_by_postfix(world: World) -> None:
     """What two peers refuse goes back to a sender at Postfix, whose strict reader of MIME takes it and finds its parts."""
     refused = ["nobody@to-none.secure.example", "nobody@to-exim.secure.example"]
-    queue_id = world.send("to be refused", *refused, sender="user@to-right.secure.example", envid="a+2Bb")
+    queue_id = world.send("to be refused", *refused, sender="user@to-right.secure.example", envid="a+2Bb", more="grüße\r\n")
     subject = "Undelivered mail returned to sender"
     reports: dict[str, EmailMessage] = {}
 
@@ -529,14 +532,16 @@ def test_a_report_is_read_by_postfix(world: World) -> None:
         assert [part.get_content_type() for part in (human, machine, returned)] == ["text/plain", "message/delivery-status", "message/rfc822"]
         message, recipient = ({name: str(value) for name, value in block.items()} for block in machine.get_payload())
         assert message["Reporting-MTA"] == "dns; mx.example.test" and message["Original-Envelope-Id"] == "a+b"
-        assert returned.get_content()["Subject"] == "to be refused" and "..line\n" * 3 in str(returned.get_content())
+        original = returned.get_content()
+        assert original["Subject"] == "to be refused" and original.get_content() == "..line\n" * 3 + "grüße\n"
+        assert parsed["Content-Transfer-Encoding"] == returned["Content-Transfer-Encoding"] == "8bit"
         assert recipient["Final-Recipient"].removeprefix("rfc822;") in human.get_content()
         found[recipient["Final-Recipient"].removeprefix("rfc822;")] = recipient
     assert sorted(found) == sorted(refused)
     seen: dict[str, list[str]] = {}  # by Postfix's queue id: its log of the header fields that it came across
     for queue_id, value in re.findall(r"cleanup\[\d+\]: (\w+): info: header (?:Content-Type|Subject): ([^;]+?)(?:;| from )", world.postfix.log()):
         seen.setdefault(queue_id, []).append(value)
-    parts = [subject, "multipart/report", "text/plain", "message/delivery-status", "message/rfc822", "to be refused"]
+    parts = [subject, "multipart/report", "text/plain", "message/delivery-status", "message/rfc822", "to be refused", "text/html"]
     assert list(seen.values()).count(parts) == 2, seen
     assert {recipient["Action"] for recipient in found.values()} == {"failed"}
     assert found[refused[0]]["Remote-MTA"] == "dns; none.secure.example" and found[refused[1]]["Remote-MTA"] == "dns; exim.secure.example"
