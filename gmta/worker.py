@@ -65,7 +65,7 @@ class Worker:
                 self.plugins.transports[name] = AgentTransport(transport, agent, self.log)
         self.ids = IdSource(self.services.clock)
         self.store = self._open_store()
-        self.scheduler = Scheduler(config, self.store, self.plugins, self.services, self.ids)
+        self.scheduler = Scheduler(config, self.store, self.plugins, self.services, self.ids, self._shares())
         self.pipeline = Pipeline(config, self.plugins, self.store, self.services, self.ids, self.scheduler.accept)
         self.pickup = Pickup(os.path.join(config.gmta.data_dir, maildrop.DIRECTORY), os.path.join(config.gmta.data_dir, "queue"), self.pipeline,
                              config.queue.lifetime)
@@ -105,6 +105,14 @@ class Worker:
     def run(self, beat: int, life: int) -> None:
         """Serves until SIGTERM or until the supervisor is gone. beat: pipe to write to; life: pipe that ends with the supervisor."""
         gevent.signal_handler(signal.SIGTERM, self._stopping.set)
+    def _shares(self) -> Any:
+        """What makes limits and back-off of lanes those of all nodes, where they have one database."""
+        if self.services.database is None:
+            return None
+        from gmta.deliver.shares import LaneShares
+
+        return LaneShares(self.services.database, f"{self.services.node}/{self.ids.tag}", self.log, self.services.clock)
+
         gevent.signal_handler(signal.SIGINT, lambda: None)
         gevent.signal_handler(signal.SIGHUP, lambda: None)
         gevent.signal_handler(signal.SIGUSR1, self.log.reopen)

@@ -185,6 +185,11 @@ class Relay:
                                     recipient_fault=False)
         return _rest(delivery, outcomes, verdict)
 
+    def let_go(self, next_hop: str) -> None:
+        """Closes the kept connections of a lane."""
+        for key in ((next_hop, True), next_hop):
+            self._pool.let_go(key)
+
     def close(self) -> None:
         """Closes kept connections."""
         self._pool.close()

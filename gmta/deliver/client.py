@@ -691,6 +691,12 @@ class Pool:
             gevent.sleep(self._idle_timeout_s)
             oldest = self._clock() - self._idle_timeout_s
             for key, clients in list(self._idle.items()):
+    def let_go(self, key: Any) -> None:
+        """Closes the idle ones of a key."""
+        clients = self._idle.get(key, [])
+        while clients:
+            clients.pop().quit()
+
                 late = [client for client in clients if client.used_at <= oldest]
                 clients[:] = [client for client in clients if client.used_at > oldest]
                 if not clients:

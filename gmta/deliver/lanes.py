@@ -8,7 +8,8 @@ Feedback: a lane to a next hop starts with one job at a time and grows with each
 a whole (connection, greeting, 421) halves it, and at the bottom closes it. A closed lane's jobs are handed back unspent
 (`give_back`); when its pause is over one job probes it, and each failed probe doubles the pause.
 Gates: a [lane:NAME] section bounds rate and connections of all lanes that its domains or the MX hosts of their domains match, and
-closes them for a while where a remote says what `on_reply` names. Rates and connections are a whole gmta's: each worker has its share.
+closes them for a while where a remote says what `on_reply` names. Rates and connections are a whole gmta's: each worker has its share;
+with `shares` (gmta.deliver.shares) they, and what a lane's failures have taught, are those of all nodes.
 What a job does is the scheduler's `run`; routing and the store are left to others. An exception of `run` ends nothing here.
 Memory: MAX_LANES lanes are remembered; past that the longest unused are forgotten, which only costs what was learnt about them.
 """
@@ -57,7 +58,7 @@ class Gate:
     __slots__ = ("active", "connections", "domains", "gap_s", "hosts", "name", "next_at", "rules", "said", "timed", "until", "waiting")
 
     def __init__(self, name: str, section: LaneSection, workers: int) -> None:
-        self.name = name
+        self.name = f"[lane:{name}]"
         self.domains = _patterns(section.match)
         self.hosts = _patterns(section.match_mx)
         self.gap_s = rate_gap(section.rate) * workers
@@ -74,12 +75,17 @@ class Gate:
         """Whether a job may begin now."""
         return self.next_at <= now and (not self.connections or self.active < self.connections)
 
+    def begin(self, now: float) -> None:
+        """A job begins."""
+        self.active += 1
+        self.next_at = _next_at(self, now)
+
 
 class Lane:
     """Backlog and state of one (transport, next hop)."""
 
     __slots__ = ("active", "failed_at", "failures", "gap_s", "gate", "gate_until", "jobs", "key", "last_reply", "limit", "maximum", "name",
-                 "next_at", "placed", "proven", "threshold", "until", "used_at")
+                 "next_at", "own", "placed", "plain", "proven", "shared", "threshold", "until", "used_at")
 
     def __init__(self, key: tuple[str, str], maximum: int, gap_s: float, limit: float) -> None:
         self.key = key
@@ -91,6 +97,9 @@ class Lane:
         self.jobs: deque[Any] | None = None  # an empty deque is larger than all the rest
         self.active = 0
         self.placed = False  # in the ring, or waiting for a gate or a time
+        self.own: Gate | None = None  # its own limits, where all nodes share them
+        self.plain = not gap_s  # no limits of its own
+        self.shared = False  # all nodes learn from its failures
         self.gate: Gate | None = None
         self.gate_until = 0.0  # when to ask again which gate it has
         self.proven = limit > 1
@@ -111,13 +120,14 @@ class Lanes:
     """All lanes of a worker, made when first used.
 
     run(lane, job) -> Health does a job; give_back(lane, job) takes one back undone; opened() hears that a lane takes jobs again;
-    clock: Unix seconds; exchangers(domain) -> names of its MX hosts, may block; later(seconds, callback): a timer.
+    clock: Unix seconds; exchangers(domain) -> names of its MX hosts, may block; later(seconds, callback): a timer; shares: LaneShares, with several nodes.
     `tick` is to be called every TICK_S. A job's attribute `again` tells that its mail was tried before.
     """
 
     def __init__(self, config: Any, transports: dict[str, Any], run: Callable[[Lane, Any], Health], give_back: Callable[[Lane, Any], None],
                  opened: Callable[[], None], clock: Callable[[], float], exchangers: Callable[[str], list[str]],
-                 later: Callable[[float, Callable[[], None]], Any] = gevent.spawn_later) -> None:
+                 later: Callable[[float, Callable[[], None]], Any] = gevent.spawn_later, shares: Any = None) -> None:
+        self._shares = shares
         self._transports = transports
         self._sections = config.transports
         self._run = run
@@ -132,7 +142,8 @@ class Lanes:
         self._bound: int = config.queue.deliveries
         self._allowed = self._bound
         self._doubtful_most = max(1, self._bound // 2)
-        self.gates = [Gate(name, section, self._workers) for name, section in config.lanes.items()]
+        self.gates: list[Gate] = [Gate(name, section, self._workers) if shares is None else shares.gate(f"[lane:{name}]", section)
+                                  for name, section in config.lanes.items()]
         self._by_host = [gate for gate in self.gates if gate.hosts is not None]
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._ring: SimpleQueue = SimpleQueue()
@@ -201,11 +212,18 @@ class Lanes:
         section = self._sections.get(key[0]) or {}
         transport = self._transports.get(key[0])
         given = int(section.get("concurrency") or 0)
-        maximum = max(1, -(-given // self._workers) or getattr(transport, "concurrency", 0) or DEFAULT_CONCURRENCY)
+        shared = self._shares is not None and hasattr(transport, "next_hop")
+        workers = 1 if shared else self._workers
+        maximum = max(1, -(-given // workers) or getattr(transport, "concurrency", 0) or DEFAULT_CONCURRENCY)
         # slow start is for those who have a next hop: a disk needs none
-        lane = self._lanes[key] = Lane(key, maximum, rate_gap(section.get("rate")) * self._workers,
+        lane = self._lanes[key] = Lane(key, maximum, 0.0 if shared else rate_gap(section.get("rate")) * workers,
                                        1 if hasattr(transport, "next_hop") else maximum)
         lane.used_at = self._clock()
+        if shared:
+            lane.shared = True
+            if given or section.get("rate"):
+                lane.own = self._shares.gate(lane.name, LaneSection.model_validate({"rate": section.get("rate"), "connections": given}))
+                lane.plain = False
         for gate in self.gates:
             if gate.domains is not None and gate.domains.match(key[1]):
                 lane.gate, lane.gate_until = gate, math.inf
@@ -222,6 +240,8 @@ class Lanes:
         del self._lanes[lane.key]
         self._closed.pop(lane.name, None)
         self._probing.pop(lane.name, None)
+        if lane.shared:
+            self._shares.forget(lane)
 
     # --- turns ----------------------------------------------------------------------------------------------------
 
@@ -252,16 +272,16 @@ class Lanes:
                     return
                 lane.placed = False
                 now = lane.used_at = clock()
-                plain = lane.proven and not self.gates and not lane.gap_s
+                plain = lane.proven and not self.gates and lane.plain
                 if not (lane.jobs and lane.active < lane.limit if plain else self._may_go(lane, now)):
                     continue
-                self._do(lane, None if plain else lane.gate, now)
+                self._do(lane, None if plain else lane.gate, None if plain else lane.own, now)
         finally:
             self._greenlets.discard(me)
             if self._ring.qsize() > self._idle and len(self._greenlets) < self._allowed and not self.stopping:
                 self._start()
 
-    def _do(self, lane: Lane, gate: Gate | None, now: float) -> None:
+    def _do(self, lane: Lane, gate: Gate | None, own: Gate | None, now: float) -> None:
         """Runs the lane's next job and learns from it."""
         jobs = lane.jobs
         assert jobs
@@ -287,7 +307,10 @@ class Lanes:
                 self._doubtful -= 1
             if gate is not None:
                 gate.active -= 1
-                self._call(gate)
+                self.call(gate)
+            if own is not None:
+                own.active -= 1
+                self.call(own)
             if health is Health.GOOD:
                 if not lane.proven or lane.limit < lane.maximum:
                     self._grow(lane)
@@ -315,23 +338,27 @@ class Lanes:
             elif gate is not None and not gate.lets(now):
                 gate.waiting.append(lane)
                 lane.placed = True
+            elif lane.own is not None and not lane.own.lets(now):
+                lane.own.waiting.append(lane)
+                lane.placed = True
             elif lane.next_at > now:
                 lane.placed = True
                 self._at(lane.next_at, self._place, lane)
             else:
                 lane.next_at = _next_at(lane, now)
+                if lane.own is not None:
+                    lane.own.begin(now)
                 if gate is not None:
-                    gate.active += 1
-                    gate.next_at = _next_at(gate, now)
-                    self._call(gate)
+                    gate.begin(now)
+                    self.call(gate)
                 return True
         if gate is not None:
-            self._call(gate)
+            self.call(gate)
         if self._patient:
             self._call_patient()
         return False
 
-    def _call(self, gate: Gate) -> None:
+    def call(self, gate: Gate) -> None:
         """Calls the next lane that waits for a gate, where the gate lets one through, or sees to it that it will be."""
         if not gate.waiting:
             return
@@ -344,7 +371,7 @@ class Lanes:
 
     def _call_timed(self, gate: Gate) -> None:
         gate.timed = False
-        self._call(gate)
+        self.call(gate)
 
     def _call_patient(self) -> None:
         if self._doubtful < self._doubtful_most:
@@ -357,12 +384,18 @@ class Lanes:
         lane.proven = True
         lane.limit = min(float(lane.maximum), lane.limit + (1 if lane.limit < lane.threshold else 1 / lane.limit))
         if lane.failures:
-            lane.failures = 0
-            lane.until = 0.0
-            self._probing.pop(lane.name, None)
-            if self._closed_till(lane) <= self._clock():
-                self._closed.pop(lane.name, None)
-            self._opened()
+            self._recover(lane)
+            if lane.shared:
+                self._shares.opened(lane.name)
+
+    def _recover(self, lane: Lane) -> None:
+        """A closed lane works again."""
+        lane.failures = 0
+        lane.until = 0.0
+        self._probing.pop(lane.name, None)
+        if self._closed_till(lane) <= self._clock():
+            self._closed.pop(lane.name, None)
+        self._opened()
 
     def _shrink(self, lane: Lane) -> None:
         """The next hop failed as a whole: half as many at a time; where that is less than one, a pause and then a probe."""
@@ -376,7 +409,10 @@ class Lanes:
         lane.proven = False
         lane.limit = 1
         lane.threshold = max(2.0, lane.threshold / 2)
-        lane.until = now + self.pause_s(lane.failures)
+        pause_s = self.pause_s(lane.failures)
+        lane.until = now + pause_s
+        if lane.shared:
+            self._shares.closed(lane.name, lane.failures, pause_s, lane.last_reply)
         self._close(lane)
 
     def pause_s(self, failures: int) -> float:
@@ -390,13 +426,19 @@ class Lanes:
         if gate is None or rule is None:
             return 0.0
         now = self._clock()
-        gate.until = max(gate.until, now + rule.pause_s)
-        gate.said = str(reply)[:200]
+        self._suspend(gate, now + rule.pause_s, str(reply)[:200])
+        if self._shares is not None:
+            self._shares.closed(gate.name, 0, rule.pause_s, gate.said)
+        return gate.until - now
+
+    def _suspend(self, gate: Gate, until: float, said: str) -> None:
+        """Closes a gate, with all its lanes."""
+        gate.until = max(gate.until, until)
+        gate.said = said
         for other in self:
             if other.gate is gate:
                 self._close(other)
         self._at(gate.until, self._open_gate, gate)
-        return gate.until - now
 
     # --- closed lanes ---------------------------------------------------------------------------------------------
 
@@ -409,7 +451,7 @@ class Lanes:
         """Why a lane is closed or probed, for people; "" where it is open."""
         gate = lane.gate
         if gate is not None and gate.until > max(lane.until, self._clock()):
-            return f"Delivery suspended by [lane:{gate.name}] after the reply: {gate.said}"
+            return f"Delivery suspended by {gate.name} after the reply: {gate.said}"
         return f"Delivery suspended, the next hop failed: {lane.last_reply}" if lane.failures else ""
 
     def _close(self, lane: Lane) -> None:
@@ -425,15 +467,63 @@ class Lanes:
     def _open(self, lane: Lane) -> None:
         """A lane's pause is over; one that failed is still to be probed."""
         if self._closed.get(lane.name) is lane and self._closed_till(lane) <= self._clock():
+            if lane.failures and lane.shared and not self._shares.may_probe(lane):
+                return  # it will be told, by `probe` or `await_probe`
             del self._closed[lane.name]
             if lane.failures:
                 self._probing[lane.name] = lane
             self._opened()
 
+    def probe(self, lane: Lane) -> None:
+        """It is this worker that probes a lane whose pause is over."""
+        self._open(lane)
+
+    def await_probe(self, lane: Lane, until: float) -> None:
+        """Another worker does; until then it is to have come to an end."""
+        if self._closed.get(lane.name) is lane:
+            lane.until = max(until, self._clock() + TICK_S)
+            self._at(lane.until, self._open, lane)
+
+    def learn(self, name: str, failures: int, until: float, said: str) -> None:
+        """What another node knows of a lane or gate: failures 0: it works.  until: Unix seconds.  said: by the remote."""
+        now = self._clock()
+        gate = next((gate for gate in self.gates if gate.name == name), None)
+        if gate is not None:
+            if until > now:
+                self._suspend(gate, until, said)
+            return
+        transport, _, next_hop = name.partition(":")
+        lane = self._lanes.get((transport, next_hop))
+        if not failures:
+            if lane is not None and lane.failures:
+                self._recover(lane)
+            return
+        if lane is None:
+            if not hasattr(self._transports.get(transport), "next_hop") or len(self._lanes) >= MAX_LANES:
+                return
+            lane = self._make((transport, next_hop))
+        elif lane.proven and lane.used_at > now - _IDLE_LANE_S:
+            return  # from here it works
+        lane.failures = failures
+        lane.failed_at = now
+        lane.proven = False
+        lane.limit = 1
+        lane.until = max(lane.until, until)
+        lane.last_reply = said
+        self._close(lane)
+
+    def let_go(self, gate: Gate) -> None:
+        """Has the connections closed that transports keep for the lanes of a gate: what they may use is another node's now."""
+        for lane in self:
+            if lane.gate is gate or lane.own is gate:
+                let_go = getattr(self._transports.get(lane.key[0]), "let_go", None)
+                if let_go is not None:
+                    let_go(lane.key[1])
+
     def _open_gate(self, gate: Gate) -> None:
         if gate.until <= self._clock():
             gate.until = 0.0
-            self._call(gate)
+            self.call(gate)
 
     def resume_all(self) -> None:
         """Opens all closed lanes and gates (an operator's retry); what failed is still probed by one job."""

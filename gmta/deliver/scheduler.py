@@ -17,7 +17,7 @@ import math
 import random
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gevent
 from gevent.event import Event as Signal
@@ -34,6 +34,9 @@ from gmta.mail.reply import Reply
 from gmta.mail.session import Recipient, Session, Transaction
 from gmta.mail.verdict import Outcome, Status, deferred, delivered, failed
 from gmta.queue.store import Event, Settlement, Store, StoreError
+
+if TYPE_CHECKING:
+    from gmta.deliver.shares import LaneShares
 
 SORTED_A_TICK = 1000  # recipients that the store gives out a second only to hear that their lane takes none
 MAX_RECIPIENTS = 100  # of one delivery
@@ -82,9 +85,9 @@ class Job:
 
 
 class Scheduler:
-    """What is due, in a bounded window. `services` needs clock, log, hostname; `ids.new()` makes queue ids."""
+    """What is due, in a bounded window. `services` needs clock, log, hostname; `ids.new()` makes queue ids; shares: with several nodes."""
 
-    def __init__(self, config: Any, store: Store, plugins: Any, services: Any, ids: Any) -> None:
+    def __init__(self, config: Any, store: Store, plugins: Any, services: Any, ids: Any, shares: LaneShares | None = None) -> None:
         self._config = config
         self._store = store
         self._plugins = plugins
@@ -101,7 +104,9 @@ class Scheduler:
         self._window = int(queue.window)
         self._transports: dict[str, Any] = plugins.transports
         self.router = Router(config, plugins)
-        self.lanes = Lanes(config, self._transports, self._run, self._give_back, self.look, self._clock, self._exchangers)
+        self.lanes = Lanes(config, self._transports, self._run, self._give_back, self.look, self._clock, self._exchangers,
+                           shares=shares)
+        self._shares = shares
         self._waiting = 0  # recipients in lanes
         self._stored = 0  # those of them that the store gave
         self._running = 0  # recipients being delivered
@@ -124,6 +129,8 @@ class Scheduler:
         """Starts taking from the store what is due."""
         self._left_in_store = True
         self._adopted_at = self._clock()  # workers that start beside this one take their shards first
+        if self._shares is not None:
+            self._shares.start(self.lanes)
         self._loop = gevent.spawn(self._watch)
 
     def stop(self, timeout_s: float) -> None:
@@ -132,6 +139,8 @@ class Scheduler:
         if self._loop is not None:
             self._loop.kill()
         self.lanes.stop(timeout_s)
+        if self._shares is not None:
+            self._shares.stop()
 
     @property
     def in_memory(self) -> int:
