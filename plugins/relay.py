@@ -21,7 +21,7 @@ from pydantic import Field, field_validator
 import gmta
 from gmta import PluginConfig, hookimpl
 from gmta.config import ExistingFile
-from gmta.deliver.client import ConnectionFailed, Pool, Settings, SmtpClient, TlsFailed
+from gmta.deliver.client import ConnectionFailed, Pool, Settings, SmtpClient, TlsFailed, on_this_machine
 from gmta.deliver.mtasts import HttpsFetch, MtaSts
 from gmta.deliver.nexthop import NextHops, NoTargets, Target
 from gmta.deliver.tlspolicy import Contexts, DomainPolicy, TlsPolicies, TlsRule, Unusable, Validation, is_optional
@@ -216,7 +216,7 @@ class Relay:
         """A connection, with TLS by the strictest rule first that may be had otherwise; raises ConnectionFailed, Unusable."""
         config, services, hops = self._config, self._services, self._hops
         policy = self._policies.of_domain(target.name if self._hosts else delivery.next_hop)
-        strict = delivery.envelope.facts.get("requiretls")
+        strict = "requiretls" in delivery.envelope.facts and not (self.lmtp and on_this_machine(target.address))
         optional = not strict and is_optional(delivery.message)  # RFC 8689 section 4.1: REQUIRETLS goes before it
         try:
             if strict:

@@ -97,6 +97,11 @@ class _Deadline(gevent.Timeout):
     """Our own timer, told apart from those of callers."""
 
 
+def on_this_machine(host: str) -> bool:
+    """Whether nobody can listen between us and that address: a socket's path, or loopback."""
+    return host.startswith(("/", "127.")) or host == "::1"
+
+
 class SmtpClient:
     """One connection to an address. connect() first; send() any number of messages; quit() or close().
 
@@ -262,7 +267,7 @@ class SmtpClient:
     def _authenticate(self) -> None:
         """AUTH with the best mechanism on offer (RFC 4954), a secret in clear only under TLS or to a loopback host."""
         settings, protocol = self.settings, self._protocol
-        private = bool(self.tls) or self.host.startswith("127.") or self.host == "::1"
+        private = bool(self.tls) or on_this_machine(self.host)
         try:
             chosen = choose(protocol.extensions.get("AUTH", ""), settings.username, settings.password, os.urandom(18).hex(), private=private)
             if chosen is None:
@@ -295,7 +300,8 @@ class SmtpClient:
         try:
             waiting: Sequence[RecipientState] = recipients
             limited = self._limits.rcpt or self._limits.rcpt_domain
-            if envelope.facts.get("requiretls") and ("REQUIRETLS" not in self._protocol.extensions or not self.verified):
+            if "requiretls" in envelope.facts and ("REQUIRETLS" not in self._protocol.extensions or not self.verified) \
+                    and not (self.settings.lmtp and on_this_machine(self.host)):  # there it goes over no network
                 raise self._no_requiretls()
             while waiting:
                 part, rest = self._portion(waiting) if limited else (waiting, ())
@@ -418,7 +424,7 @@ class SmtpClient:
                 body = None if not memory or (message.header.isascii() and message.body.data.isascii()) else "8BITMIME"  # type: ignore[union-attr]
         yield protocol.mail(_wire(envelope.sender, utf8), size=message.size if "SIZE" in extensions else None, body=body,
                             smtputf8=utf8, ret=envelope.ret if dsn else "", envid=envelope.envid if dsn else "",
-                            requiretls="requiretls" in envelope.facts)
+                            requiretls="requiretls" in envelope.facts and "REQUIRETLS" in extensions)
         for recipient in recipients:
             if dsn:
                 # RFC 3461 section 5.2.1: NOTIFY and ORCPT go on unchanged

@@ -83,9 +83,9 @@ def lmtp(tmp_path: Path) -> Iterator[Lmtp]:
     transport.close()
 
 
-def deliver(transport: Lmtp, *names: str) -> list[Outcome]:
+def deliver(transport: Lmtp, *names: str, facts: dict[str, Any] | None = None) -> list[Outcome]:
     recipients = [RecipientState(n, Address(name, "c.example")) for n, name in enumerate(names)]
-    envelope = Envelope("ID", Address("a", "b.example"), recipients)
+    envelope = Envelope("ID", Address("a", "b.example"), recipients, facts=facts or {})
     outcomes = transport.deliver(Delivery(envelope, recipients, Message.from_bytes(b"Subject: x\r\n\r\n.dot\r\n"), "box"))
     return [outcomes[n] for n in range(len(names))]
 
@@ -102,6 +102,17 @@ def test_reply_a_recipient_over_a_local_socket(lmtp: Lmtp, tmp_path: Path) -> No
         assert said[0].startswith(b"LHLO ") and sum(line.startswith(b"MAIL") for line in said) == 2
     finally:
         server.close()
+
+
+def test_requiretls_is_kept_where_nothing_leaves_the_machine(lmtp: Lmtp, tmp_path: Path) -> None:
+    """RFC 8689 is about what goes over a network: mailboxes behind a socket of this machine need promise nothing."""
+    boxes = Mailboxes(tmp_path / "s")
+    try:
+        (outcome,) = deliver(lmtp, "ann", facts={"requiretls": True})
+        assert outcome.status is Status.DELIVERED
+        assert [line for line in boxes.sessions[0] if line.startswith(b"MAIL")] == [b"MAIL FROM:<a@b.example>"]
+    finally:
+        boxes.close()
 
 
 def test_no_socket_there(lmtp: Lmtp) -> None:
