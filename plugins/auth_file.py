@@ -5,8 +5,8 @@ plugin permits gets 535 5.7.8.
 
 The file is read again when it changes. Passwords are hashed in a native thread, a few at a time; where many wait, those come first
 who have logged in from their address before, then addresses with the fewest tries lately, so that a crowd of guessers keeps nobody
-out (gmta/services/turns.py). Who does not exist takes as long as who has another password, and a password that was right is not
-hashed again for some minutes. A missing file is no user; the log says so.
+out (gmta/services/turns.py). Who does not exist takes as long as who has another password, and a password that was tried, right or
+wrong, is not hashed again for some minutes. A missing file is no user; the log says so.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Plugin:
         self._decoy: str | None = None
         self._turns = Turns(AT_A_TIME, services.clock)
         self._secret = secrets.token_bytes(32)
-        self._right: OrderedDict[bytes, float] = OrderedDict()  # keyed hash of user, hash and password -> until when
+        # keyed hash of user, hash and password -> until when; apart, so that guesses drive out nothing that was right
+        self._right: OrderedDict[bytes, float] = OrderedDict()
+        self._wrong: OrderedDict[bytes, float] = OrderedDict()
         self._look()
 
     def _look(self) -> None:
@@ -99,6 +101,8 @@ class Plugin:
         key = hmac.digest(self._secret, f"{user}\0{hashed}\0{secret}".encode("utf-8", "surrogateescape"), "sha256")
         if hashed is not None and self._right.get(key, 0.0) > now:
             return True
+        if self._wrong.get(key, 0.0) > now:
+            return False
         state, place = self._services.state, f"auth_file:{ip} {user}"
         known = bool(state.get(place))
         with self._turns.turn(ip, known):
@@ -107,9 +111,10 @@ class Plugin:
             self._turns.was_right(ip)
             if not known:
                 state.set(place, True, KNOWN_S)
-            self._right[key] = now + REMEMBER_S
-            if len(self._right) > REMEMBERED:
-                self._right.popitem(last=False)
+        judged = self._right if right else self._wrong
+        judged[key] = now + REMEMBER_S
+        if len(judged) > REMEMBERED:
+            judged.popitem(last=False)
         return bool(right)
 
     def _check(self, hashed: str | None, secret: str) -> bool:

@@ -1,8 +1,8 @@
 """Makes guessing passwords slow and short: failed logins are answered late and counted, and who fails too often is locked out.
 
 Hooks: permit_auth (place it before those that know users), on_refused, check_mail, check_connect.  Keys: address_failures,
-user_failures, window, lockout, delay, known_for.  Replies: 454 4.7.0 to AUTH of one who is locked out, whatever the password;
-421 4.7.0 in place of the banner, on listeners with the role submission.
+user_failures, window, lockout, delay, known_for.  Replies: 454 4.7.0 to AUTH of one who is locked out, whatever the password, and 421
+4.7.0 to the next AUTH of that session; 421 4.7.0 in place of the banner, on listeners with the role submission.
 
 Counted are an address (an IPv6 one by its /64) and a user, by all workers together. A user cannot be locked out by others: while
 somebody guesses at an account from many addresses, new addresses have one try each, and one from which the user has logged in
@@ -36,13 +36,14 @@ class Config(PluginConfig):
 
 
 class _Note:
-    """What is known of a session: the user that was asked for, and whether its success is noted."""
+    """What is known of a session: the user that was asked for, whether its success is noted, whether a try was put off already."""
 
-    __slots__ = ("noted", "user")
+    __slots__ = ("noted", "put_off", "user")
 
     def __init__(self, user: str) -> None:
         self.user = user
         self.noted = False
+        self.put_off = False
 
 
 class Plugin:
@@ -64,9 +65,10 @@ class Plugin:
 
     @hookimpl
     def permit_auth(self, session: Session, credentials: Credentials) -> Verdict | None:
-        """A deferral where no more tries are granted; else None, and others decide."""
+        """A deferral where no more tries are granted, and the end of the session at the second; else None, and others decide."""
         user = user_key(credentials.user)
-        session.notes[NAME] = _Note(user)
+        before = session.notes.get(NAME)
+        note = session.notes[NAME] = _Note(user)
         state, config, address = self._services.state, self._config, client_network(session.peer_ip)
         if state.get(f"auth:known:{address} {user}"):
             locked = state.get(f"auth:pair:{address} {user}", 0) >= config.address_failures * KNOWN_FACTOR
@@ -77,6 +79,9 @@ class Plugin:
         if not locked:
             return None
         self._wait()
+        if before is not None and before.put_off:  # or guessers would hold all connections that their network has
+            return defer("Too many failed logins, try again later", 421, "4.7.0")
+        note.put_off = True
         return defer("Too many failed logins, try again later", 454, "4.7.0")
 
     @hookimpl

@@ -100,7 +100,7 @@ class Reception:
     def _refusal(self, stage: str, verdict: Verdict | None) -> Reply | None:
         if verdict is None or verdict.kind is Kind.ACCEPT:
             return None
-        if verdict.kind is Kind.DISCONNECT:
+        if verdict.kind is Kind.DISCONNECT or verdict.reply.code == 421:  # RFC 5321 section 3.8: whoever says 421 closes
             self.closing = True
         return self._tell(stage, verdict_reply(verdict))
 

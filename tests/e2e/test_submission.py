@@ -249,6 +249,32 @@ def test_gsasl(gmta: Gmta, mechanism: str) -> None:
     assert b"535 5.7.8" in wrong.stdout + wrong.stderr
 
 
+@pytest.mark.slow
+def test_testssl_finds_nothing(gmta: Gmta) -> None:
+    """testssl.sh on both ports: no finding of medium severity or worse, but for the certificate, which is a test's."""
+    site = Site(gmta)
+    scans = {}
+    for port, how in ((gmta.submission_port, ["--starttls", "smtp"]), (site.tls_port, [])):
+        report = gmta.directory / f"testssl-{port}.json"
+        scans[report] = subprocess.Popen([program("testssl"), "--quiet", "--color", "0", "--warnings", "batch", "--nodns", "none", "--ip", "127.0.0.1",
+                                          "-p", "-s", "-f", "-S", "-P", "-U", "--jsonfile", str(report), *how, f"localhost:{port}"],
+                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=gmta.directory)
+    try:
+        for report, scan in scans.items():
+            said, _ = scan.communicate(timeout=300)
+            findings = json.loads(report.read_text())
+            tested = {finding["id"] for finding in findings}
+            assert {"TLS1_2", "TLS1_3", "heartbleed", "ROBOT", "PFS", "cipherlist_3DES_IDEA", "secure_renego", "CCS", "LUCKY13", "cipher_order"} <= tested, said
+            bad = [finding for finding in findings if finding["severity"] in ("MEDIUM", "HIGH", "CRITICAL", "WARN", "FATAL")
+                   and not finding["id"].startswith("cert") and finding["id"] != "engine_problem"]  # the scanner's own OpenSSL
+            assert bad == []
+    finally:
+        for scan in scans.values():
+            if scan.poll() is None:
+                scan.kill()
+                scan.wait()
+
+
 # --- Dovecot as back end ----------------------------------------------------------------------------------------------
 
 

@@ -80,8 +80,13 @@ def test_what_was_right_is_not_hashed_again_for_a_while(users: Path, services: A
     monkeypatch.setattr(plugin, "_check", lambda hashed, secret: bool(asked.append(secret)))
     assert ask(plugin, "user@example.test", "sécret")[0] is not None and not asked
     assert ask(plugin, "user@example.test", "wrong")[0] is None and asked == ["wrong"]
+    assert ask(plugin, "user@example.test", "wrong")[0] is None and asked == ["wrong"]
     services.clock.advance(3600)
     assert ask(plugin, "user@example.test", "sécret")[0] is None and asked == ["wrong", "sécret"]
+    services.clock.advance(3600)
+    passwords.change(str(users), lambda lines: lines.update({"user@example.test": f"user@example.test {passwords.hash_password('wrong')}"}))
+    monkeypatch.undo()
+    assert ask(plugin, "user@example.test", "wrong")[0] is not None
 
 
 def test_a_changed_file_is_read_again(users: Path, services: Any) -> None:

@@ -120,7 +120,8 @@ S: 250
 HAS: AUTH PLAIN LOGIN
 """
         wrong = "C: AUTH PLAIN \\{base64 \\0user@example.test\\0wrong}\nS: 535 5.7.8\n"
-        server.play(log_in + wrong + wrong + "C: AUTH PLAIN \\{base64 \\0user@example.test\\0secret}\nS: 454 4.7.0\nCLOSE\n")
+        server.play(log_in + wrong + wrong + "C: AUTH PLAIN \\{base64 \\0user@example.test\\0secret}\nS: 454 4.7.0\n"
+                    "C: AUTH PLAIN \\{base64 \\0user@example.test\\0secret}\nS: 421 4.7.0\nEOF\n")
         server.play("listener: submission\nS: 421 4.7.0 Too many failed logins*\nEOF\n")
         server.clock.advance(16 * 60)
         server.play(log_in + "C: AUTH PLAIN \\{base64 \\0user@example.test\\0secret}\nS: 235\nC: QUIT\nS: 221\n")
@@ -137,3 +138,11 @@ def test_a_user_whom_the_back_end_names_otherwise_is_known_as_typed(guard: Guard
         guard.fail("192.0.2.1", f"u{number}@example.test")
     assert guard.ask("192.0.2.1", "alice")[0] is None and guard.ask("192.0.2.1", "alice@example.test")[0] is None
     assert guard.ask("192.0.2.1", "")[0] is not None
+
+
+def test_who_is_locked_out_does_not_stay_connected(guard: Guarded) -> None:
+    for number in range(3):
+        guard.fail("192.0.2.1", f"u{number}@example.test")
+    session = make_session(role="submission", peer_ip="192.0.2.1", tls=True)
+    codes = [guard.plugin.permit_auth(session, Credentials("PLAIN", USER, "x")).reply.code for _ in range(2)]
+    assert codes == [454, 421]
