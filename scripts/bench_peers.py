@@ -118,8 +118,12 @@ class Sink:
         self._processes = [subprocess.Popen([program("smtp-sink"), "-c", *user, *(["-L"] if lmtp else []), f"{host}:{port}", "1024"],
                                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for host in hosts]
         threading.Thread(target=self._read, daemon=True).start()
-        for host, process in zip(hosts, self._processes, strict=True):
-            wait_for_port(port, process, host)
+        try:
+            for host, process in zip(hosts, self._processes, strict=True):
+                wait_for_port(port, process, host)
+        except RuntimeError as error:
+            self.close()
+            sys.exit(f"bench: smtp-sink: {error}")
 
     @property
     def count(self) -> int:

@@ -137,6 +137,7 @@ class Gmta(Server):
         path.write_text(f"""
 [gmta]
 hostname = mx{node + 1}.bench.test
+workers = {max(1, (os.cpu_count() or 1) // len(self.ports))}
 data_dir = {self.data(node)}
 log_file = {self.directory}/log{node + 1}
 [listener:mx]
