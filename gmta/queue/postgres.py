@@ -20,7 +20,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import gevent
@@ -145,8 +146,10 @@ _FREE = """
 WITH chosen AS (SELECT message, number FROM recipient WHERE owner <> 0 AND owner = %s LIMIT %s FOR UPDATE SKIP LOCKED)
 UPDATE recipient r SET owner = 0 FROM chosen s WHERE r.message = s.message AND r.number = s.number RETURNING r.message"""
 _PURGE = """
-DELETE FROM event WHERE (message, n) IN (SELECT message, n FROM event e WHERE message < %s
-  AND NOT EXISTS (SELECT 1 FROM message WHERE id = e.message) ORDER BY message, n LIMIT %s FOR UPDATE SKIP LOCKED)"""
+WITH old AS MATERIALIZED (SELECT ctid AS place, message FROM event WHERE message > %s AND message < %s ORDER BY message, n LIMIT %s),
+gone AS (DELETE FROM event WHERE ctid = ANY(ARRAY(
+  SELECT place FROM old o WHERE (SELECT 1 FROM message m WHERE m.id = o.message) IS NULL)))
+SELECT count(*), max(message) FROM old"""
 _DEAD = """
 DELETE FROM worker WHERE id IN (SELECT id FROM worker WHERE id = ANY(%s) OR (id = ANY(%s) AND lease_until < clock_timestamp())
   FOR UPDATE SKIP LOCKED) RETURNING id, node, tag"""
@@ -231,6 +234,7 @@ class PostgresStore:
         self._room = True
         self._room_at = -1.0
         self._purged_at = clock()
+        self._purged = ""  # the last message whose history was looked at
         self._orphans_at = 0.0
         self._notified_at = 0.0
         self._closed = False
@@ -657,9 +661,9 @@ class PostgresStore:
 
         Raises psycopg.Error where it failed, DatabaseDown where it can't be known for now, _Lapsed.
         """
-        connection = self._ready()
-        if self._unsure:
-            self._reconcile(connection)
+        with self._reading() as connection:
+            if self._unsure:
+                self._reconcile(connection)
         self._batch += 1
         began = time.monotonic()
         fence = (_FENCE, (self._batch, self._lease_s, self._id))
@@ -674,15 +678,30 @@ class PostgresStore:
                     self._lapse()
                     raise _Lapsed from error
                 raise
-            self._database.lost(error)
-            self._drop_connection()
-            self._unsure = True
-            self._steady_since = time.monotonic()
+            self._lost(error)
             if not self._was_committed():
                 raise _Undone(str(error)) from error
             rows = [[] for _ in range(len(statements) + 1)]
         self._sure_until = began + self._lease_s
         return rows[:-1]
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        """The writer's connection for statements that do no harm when they are repeated."""
+        connection = self._ready()
+        try:
+            yield connection
+        except psycopg.Error as error:
+            if not is_lost(error, connection):
+                raise
+            self._lost(error)
+            raise _Undone(str(error)) from error
+
+    def _lost(self, error: BaseException) -> None:
+        self._database.lost(error)
+        self._drop_connection()
+        self._unsure = True
+        self._steady_since = time.monotonic()
 
     def _was_committed(self) -> bool:
         """Whether the transaction that lost its connection is done; asks until it is known. Raises _Lapsed where it can't be."""
@@ -837,7 +856,17 @@ class PostgresStore:
 
     def _came(self, ids: list[str]) -> bool:
         """Whether messages of a transaction are, or were, in the queue."""
-        return bool(ids) and self._ready().execute(_CAME, (Texts(ids), Texts(ids))).fetchone() is not None
+        while ids:
+            try:
+                with self._reading() as connection:
+                    return connection.execute(_CAME, (Texts(ids), Texts(ids))).fetchone() is not None
+            except DatabaseDown:
+                self._turn_away()
+                self._database.wait_until_up(RESOLVE_S)
+                gevent.sleep(0.05)
+                if self._closed:
+                    raise
+        return False
 
     # --- large messages ------------------------------------------------------------------------------------------
 
@@ -977,8 +1006,9 @@ class PostgresStore:
 
     def _overdue(self, now: float, unwarned_before: float, before: float, reports_before: float, limit: int) -> list[Envelope]:
         unwarned, old, reports = (time_prefix(at) if at > 0 else "" for at in (unwarned_before, before, reports_before))
-        rows = self._ready().execute(_OVERDUE, {"now": now, "old": old, "unwarned": unwarned, "reports": reports, "judged": self._judged,
-                                                "youngest": max(unwarned, old, reports), "scan": SCAN}, binary=True).fetchall()
+        with self._reading() as connection:
+            rows = connection.execute(_OVERDUE, {"now": now, "old": old, "unwarned": unwarned, "reports": reports, "judged": self._judged,
+                                                 "youngest": max(unwarned, old, reports), "scan": SCAN}, binary=True).fetchall()
         wanted: list[tuple[str, int]] = []
         queue_id = ""
         for queue_id, number, over in rows:
@@ -1030,8 +1060,11 @@ class PostgresStore:
         before = time_prefix(now - self._history_s)
         for _ in range(PURGES):
             with self._database.use() as connection:
-                if connection.execute(_PURGE, (before, PURGE)).rowcount < PURGE:
-                    return
+                row = connection.execute(_PURGE, (self._purged, before, PURGE)).fetchone()
+            if row is None or row[0] < PURGE:
+                self._purged = ""
+                return
+            self._purged = row[1]  # the rest of that message's events: with the next round
             gevent.sleep(0.05)
 
 

@@ -26,6 +26,7 @@ import psycopg
 from gevent.event import Event
 from gevent.hub import Waiter, get_hub
 from gevent.lock import BoundedSemaphore
+from gevent.socket import wait_read
 from psycopg import errors, pq
 from psycopg.adapt import Dumper, PyFormat
 from psycopg.conninfo import conninfo_to_dict
@@ -60,6 +61,7 @@ class Connection(psycopg.Connection[Any]):
         watcher, flags = None, 0
         timer = hub.loop.timer(timeout if timeout is not None else ANSWER_S)
         try:
+            descriptor = self.pgconn.socket
             wanted = next(gen)
             while True:
                 waiter: Waiter[Any] = Waiter(hub)
@@ -67,7 +69,7 @@ class Connection(psycopg.Connection[Any]):
                     if watcher is not None:
                         watcher.close()
                     flags = int(wanted)  # psycopg's R and W are libev's READ and WRITE
-                    watcher = hub.loop.io(self.pgconn.socket, flags)
+                    watcher = hub.loop.io(descriptor, flags)
                 watcher.start(waiter.switch, pass_events=True)
                 timer.start(waiter.switch, 0)
                 try:
@@ -110,7 +112,8 @@ def is_lost(error: BaseException, connection: psycopg.Connection[Any] | None = N
     if isinstance(error, errors.ReadOnlySqlTransaction | errors.AdminShutdown | errors.CrashShutdown | errors.CannotConnectNow):
         return True
     return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) and (
-        connection is None or connection.closed or connection.pgconn.status != pq.ConnStatus.OK)
+        error.sqlstate is None  # the server has not said it
+        or connection is None or connection.closed or connection.pgconn.status != pq.ConnStatus.OK)
 
 
 class Database:
@@ -120,6 +123,7 @@ class Database:
         self.url = url
         self.name = name
         self.down = ""
+        self._down_since = 0.0
         self._log = log
         self._idle: list[Connection] = []
         self._free = BoundedSemaphore(size)
@@ -143,6 +147,10 @@ class Database:
         except (psycopg.Error, OSError) as error:
             self.lost(error)
             raise DatabaseDown(_first_line(error)) from error
+        if self.down:
+            self._log.info("database up", after_s=round(time.monotonic() - self._down_since, 1))
+            self.down = ""
+            self._back.set()
         return connection
 
     @contextmanager
@@ -182,6 +190,7 @@ class Database:
         if self._closed or self.down:
             return
         self.down = _first_line(error)
+        self._down_since = time.monotonic()
         self._back.clear()
         self._log.error("database down", error=self.down)
         self._retrying = gevent.spawn(self._retry)
@@ -191,25 +200,19 @@ class Database:
         return not self.down or bool(self._back.wait(timeout_s))
 
     def _retry(self) -> None:
-        began = time.monotonic()
         idle, self._idle = self._idle, []
         for connection in idle:
             with suppress(psycopg.Error):
                 connection.close()
         pause_s = FIRST_PAUSE_S
-        while not self._closed:
-            gevent.sleep(pause_s)
-            pause_s = min(LONGEST_PAUSE_S, pause_s * 1.7)
+        while self.down and not self._closed:
             try:
-                connection = self.connect()
+                self._idle.append(self.connect())
+                return
             except DatabaseDown as error:
                 self.down = str(error)
-                continue
-            self._idle.append(connection)
-            self.down = ""
-            self._log.info("database up", after_s=round(time.monotonic() - began, 1))
-            self._back.set()
-            return
+            gevent.sleep(pause_s)
+            pause_s = min(LONGEST_PAUSE_S, pause_s * 1.7)
 
     def listen(self, channel: str, heard: Callable[[str], None]) -> None:
         """Calls `heard(payload)` at every NOTIFY there, on a connection of its own; what is sent while that is down is missed."""
@@ -225,7 +228,7 @@ class Database:
                     heard("")  # something may have been said meanwhile
                     while True:
                         with gevent.Timeout(LISTEN_S, False):
-                            gevent.socket.wait_read(connection.fileno())
+                            wait_read(connection.fileno())
                         connection.execute("")  # hands what has come to the handler, and finds out whether the connection lives
             except (DatabaseDown, psycopg.Error, OSError) as error:
                 if not isinstance(error, DatabaseDown):
