@@ -1,16 +1,18 @@
 """Accepts recipients in the local domains: listed mailboxes, aliases, a catch-all, and always postmaster.
 
-Hook: permit_rcpt. Says nothing about domains that are not in `[domains] local`; what no plugin permits is refused.
+Hooks: permit_rcpt; get_route (where aliases may be commands or files). Says nothing about domains that are not in `[domains] local`; what no plugin permits is refused.
 
-Keys of `[plugin:mailboxes]`: `accept = listed|any` (any: every safe name in a local domain is a mailbox), `mailboxes`
+Keys of `[plugin:mailboxes]`: `accept = listed|any|system` (any: every safe name in a local domain is a mailbox; system: every account of this
+machine but root), `mailboxes`
 (comma- or blank-separated; a name without @ holds in every local domain), `mailboxes_file` (one a line, `#` comments),
 `aliases_file` (classic aliases syntax), `allow_include = no` (whether `:include:FILE` is read there), `detail_separator = +`, `catch_all`
-(an address). The files are read again within a second of a change; one that can't be read or parsed then leaves the former
+(an address), `command_transport` and `file_transport` (where targets `|program` and `/path` go). The files are read again within a second of a change; one that can't be read or parsed then leaves the former
 content in force and is logged, at the start it stops the start.
 
-Order: exact name, name without detail, catch_all, `accept = any`. An alias is followed to its end before the answer, so
+Order: exact name, name without detail, `accept = system`, catch_all, `accept = any`. An alias is followed to its end before the answer, so
 an unknown user behind it is refused at RCPT. Names match without regard to case. Commands (`|program`) and files
-(`/path`) as alias targets are refused: delivery is a transport's business.
+(`/path`) as alias targets are refused, unless a key says which transport runs or writes them, which reads them from the same file
+(`aliases_file` of types pipe and mbox); nothing that a client says becomes a part of them.
 
 Replies: 550 5.1.1 no such user; 550 5.4.6 the aliases loop; 550 5.1.3 a name that could mean a path, a command or a
 further route (percent hack, bang path), unless it is listed. RFC 5321 section 4.5.1 (postmaster), RFC 5233 (detail).
@@ -18,36 +20,44 @@ further route (percent hack, bang path), unless it is listed. RFC 5321 section 4
 
 from __future__ import annotations
 
+import pwd
 import re
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
+from gevent import get_hub
 from pydantic import Field, field_validator
 
 from gmta import PluginConfig, Verdict, accept, hookimpl, reject
 from gmta.config import Path
 from gmta.mail.address import Address, domain_key
 from gmta.mail.session import Recipient, Session, Transaction
-from gmta.services.aliases import name_key, parse_aliases
+from gmta.services.aliases import COMMAND, FILE, name_key, parse_aliases, special_local
 from gmta.services.watched import Watched
 
 MAX_DEPTH = 50  # an alias chain longer than this is taken for a loop
+ACCOUNT_S = 60.0
+MAX_ACCOUNTS = 10_000
 MAX_TARGETS = 1000  # one RCPT must not become an unbounded number of recipients
 
 # What a mailbox name must not hold unless the postmaster listed it: path parts, commands, routes, quoting.
 _UNSAFE = re.compile(r"[\x00-\x20\x7f-\x9f/\\|%!:@\"`<>,;()\[\]]|\A[.\-~]|\.\.|\.\Z")
 
+_SPECIAL = re.compile(r"[|/][0-9a-f]{24}\Z")
+
 
 class Config(PluginConfig):
     """Keys of [plugin:mailboxes]."""
 
-    accept: Literal["listed", "any"] = "listed"
+    accept: Literal["listed", "any", "system"] = "listed"
     mailboxes: list[str] = Field(default=[], description="names, with or without @domain")
     mailboxes_file: Path = ""
     aliases_file: Path = ""
     allow_include: bool = Field(False, description="whether aliases may name files with further targets by :include:")
     detail_separator: str = "+"
     catch_all: str = ""
+    command_transport: str = Field("", description="[transport:NAME] that runs `|program` of aliases, of type pipe with this aliases_file")
+    file_transport: str = Field("", description="[transport:NAME] that writes `/path` of aliases, of type mbox with this aliases_file")
 
     @field_validator("mailboxes")
     @classmethod
@@ -95,6 +105,10 @@ def parse_mailboxes(text: str, source: str) -> set[str]:
 class Plugin:
     """Holds the lists in memory; a look-up touches no file but for one stat a second."""
 
+    def __new__(cls, config: Config, services: Any) -> Plugin:
+        """With commands or files one that is asked for routes, too: others cost nothing at an attempt."""
+        return super().__new__(WithSpecials if config.command_transport or config.file_transport else cls)
+
     def __init__(self, config: Config, services: Any) -> None:
         self._config = config
         self._services = services
@@ -104,6 +118,11 @@ class Plugin:
         self._listed = frozenset(name_key(name) for name in config.mailboxes)
         self._from_file: set[str] = set()
         self._aliases: dict[str, list[str]] = {}
+        self._special = {kind: name for kind, name in ((COMMAND, config.command_transport), (FILE, config.file_transport)) if name}
+        for key, name in (("command_transport", config.command_transport), ("file_transport", config.file_transport)):
+            if name and name not in services.config.transports:
+                raise ValueError(f"{key}: there is no [transport:{name}]")
+        self._accounts: dict[str, tuple[bool, float]] = {}
         self._catch_all = Address.parse(config.catch_all) if config.catch_all else None
         files = [path for path in (config.mailboxes_file, config.aliases_file) if path]
         self._files = Watched(files, self._load, services.clock) if files else None
@@ -155,6 +174,10 @@ class Plugin:
                 if self_key in done:  # aliases that name one another twice would double the work at every level
                     return
                 for target in targets:
+                    if target[0] in self._special:
+                        end = Address.make(special_local(target), address.domain)
+                        found.setdefault(end.key, end)
+                        continue
                     self._resolve(self._address(target, address.domain), (*path, self_key), found, done)
                     if len(found) > MAX_TARGETS:
                         raise Refused(reject("The alias has too many targets", 550, "5.3.5"))
@@ -173,6 +196,9 @@ class Plugin:
             return
         if _UNSAFE.search(address.mailbox):
             raise Refused(reject("Recipient address is not allowed", 550, "5.1.3"))
+        if self._config.accept == "system" and self._is_account(user.lower()):
+            found.setdefault(f"{user.lower()}@{address.host}", Address.make(user.lower(), address.host))
+            return
         if self._catch_all is not None and self._catch_all.key not in path and self._catch_all.key != address.key:
             self._resolve(self._catch_all, (*path, address.key), found, done)
             return
@@ -194,6 +220,16 @@ class Plugin:
         full = f"{lower}@{host}"
         return full in self._listed or lower in self._listed or full in self._from_file or lower in self._from_file
 
+    def _is_account(self, name: str) -> bool:
+        """Whether this machine has an account of that name which is not root's; remembered for a minute."""
+        now = self._services.clock()
+        known = self._accounts.get(name)
+        if known is None or not known[1] - ACCOUNT_S <= now < known[1]:
+            if len(self._accounts) >= MAX_ACCOUNTS:
+                self._accounts.clear()
+            known = self._accounts[name] = (get_hub().threadpool.apply(_has_account, (name,)), now + ACCOUNT_S)  # may ask over the network
+        return known[0]
+
     def _targets_of(self, name: str, host: str) -> list[str] | None:
         lower = name.lower()
         return self._aliases.get(f"{lower}@{host}") or self._aliases.get(lower)
@@ -214,7 +250,8 @@ class Plugin:
             mailboxes = parse_mailboxes(path.read_text(encoding="utf-8"), path.name)
         if config.aliases_file:
             path = FilePath(config.aliases_file)
-            aliases = parse_aliases(path.read_text(encoding="utf-8"), path.name, path.parent if config.allow_include else None)
+            aliases = parse_aliases(path.read_text(encoding="utf-8"), path.name, path.parent if config.allow_include else None,
+                                    special="".join(self._special))
         self._from_file, self._aliases = mailboxes, aliases
 
     def _refresh(self) -> None:
@@ -225,6 +262,25 @@ class Plugin:
             self._files.refresh()
         except (OSError, ValueError) as error:
             self._services.log.error("mailbox files not reloaded, the former content stays", error=str(error))
+
+
+class WithSpecials(Plugin):
+    """The same where aliases may be commands or files."""
+
+    @hookimpl
+    def get_route(self, envelope: Any, recipient: Any) -> str | None:
+        """The transport of a command or file; it knows which of them there are."""
+        address = recipient.address
+        kind = address.local[:1]
+        return self._special.get(kind) if kind in self._special and _SPECIAL.match(address.local) and address.host in self._domains else None
+
+
+def _has_account(name: str) -> bool:
+    """In a native thread."""
+    try:
+        return pwd.getpwnam(name).pw_uid != 0
+    except (KeyError, ValueError):
+        return False
 
 
 def _shown(address: Address) -> str:

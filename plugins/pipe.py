@@ -1,6 +1,6 @@
 """Transport `pipe`: hands each message to a command, such as procmail, maildrop, dovecot-lda or a script.
 
-Hooks: get_transports.  Keys of [transport:NAME]: command, per, timeout, user, directory, environment, leading_dash, null_sender,
+Hooks: get_transports.  Keys of [transport:NAME]: command or aliases_file, per, timeout, user, directory, environment, leading_dash, null_sender,
 detail_separator, line_ends, from_line, trace, other_status.  Replies: 250 2.0.0 status 0; by sysexits 451 4.3.0 (75, 71) or 5xx with
 5.1.1 (67), 5.1.2 (68), 5.2.0 (73), 5.3.0 (64, 66, 69, 70, 72, 74), 5.3.5 (78), 5.5.0 (76), 5.6.0 (65), 5.7.0 (77); other statuses by
 key; 451 4.3.0 for a command that can't be started, is ended by a signal or runs too long; 550 5.1.3 and 5.1.7 for addresses that can't
@@ -10,7 +10,7 @@ There is no shell. A word of `command` may be or hold {sender} {recipient} {loca
 within its argument. An argument that an address would make begin with "-" is refused, unless a `--` stands before it; one that only
 in part is an address holds no "/" and no leading "." from it. The command gets the message as a file on standard input, whole even
 if gmta is killed meanwhile; 4 KB of what it prints go into log and report. It leads a process group of its own, which is killed when
-time is over. A message goes at least once: a crash before its outcome is recorded runs the command again.
+time is over. With aliases_file the command is what an alias has behind `|`, and nothing is filled in. A message goes at least once: a crash before its outcome is recorded runs the command again.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ from pydantic import Field, field_validator
 
 import gmta
 from gmta import PluginConfig, hookimpl
-from gmta.config import Duration, Path
+from gmta.config import Duration, ExistingFile, Path
 from gmta.mail.address import Address
+from gmta.mail.envelope import stored_address
 from gmta.mail.message import Message, with_lf
 from gmta.mail.trace import delivered_to
+from gmta.services.aliases import COMMAND, Specials
 from gmta.services.files import write_all
 
 MAX_OUTPUT = 4096  # octets of what a command prints that are kept
@@ -70,7 +72,8 @@ class Config(PluginConfig):
 class TransportConfig(PluginConfig):
     """[transport:NAME] of type pipe."""
 
-    command: str = Field(description="program and arguments, with {sender} {recipient} {local} {detail} {domain} {user} {id}")
+    command: str = Field("", description="program and arguments, with {sender} {recipient} {local} {detail} {domain} {user} {id}")
+    aliases_file: ExistingFile = Field("", description="instead: commands are what aliases have behind |")
     per: Literal["recipient", "message"] = Field("recipient", description="one run for each, or one for all recipients of a message")
     timeout: Duration = Field(300.0, gt=0, description="how long a run may take")
     user: str = Field("", description="account that runs it, or {user}: the recipient's own; needs a start as root")
@@ -138,12 +141,19 @@ class Pipe:
         self.name = name
         self._config = config
         self._services = services
-        self._words = parse_command(config.command)
-        program = self._words[0].end
-        found = shutil.which(os.path.join(services.config.base, program) if "/" in program else program, path=SEARCH)
-        if found is None:
-            raise ValueError(f"command: there is no program {program}")
-        self._program = found
+        self._words: list[Word] = []
+        self._aliases: Specials | None = None
+        if bool(config.command) == bool(config.aliases_file):
+            raise ValueError("command: expected either this or aliases_file")
+        if config.command:
+            self._words = parse_command(config.command)
+            self._program = self._find(self._words[0].end)
+        else:
+            if config.per == "message" or config.user == "{user}":
+                raise ValueError("aliases_file: expected per = recipient and an account as user")
+            self._aliases = Specials(config.aliases_file, COMMAND, services.clock)
+            for target in self._aliases:
+                self._find(alias_words(target)[0])
         self._own_account = config.user == "{user}"
         if config.user and not self._own_account:
             try:
@@ -154,9 +164,18 @@ class Pipe:
             self._account = None
             if not config.user and not os.geteuid():
                 services.log.warning("commands run as root: give the transport a user", transport=name)
+        if self._aliases is not None and not (self._account.uid if self._account is not None else os.geteuid()):
+            raise ValueError("user: expected an account, since commands of aliases never run as root")
         if config.user and not services.agent and os.geteuid() not in (0, self._account.uid if self._account is not None else -1):
             services.log.warning("commands can't run as another user: gmta was not started as root", transport=name)
         self.longest_s = config.timeout + 3 * GRACE_S
+
+    def _find(self, program: str) -> str:
+        """The path of a program; raises ValueError."""
+        found = shutil.which(os.path.join(self._services.config.base, program) if "/" in program else program, path=SEARCH)
+        if found is None:
+            raise ValueError(f"command: there is no program {program}")
+        return found
 
     def user_of(self, address: Address) -> str:
         """The account that runs the command for an address; "" for our own."""
@@ -175,14 +194,18 @@ class Pipe:
     def _attempt(self, delivery: Any, recipients: list[Any]) -> gmta.Outcome:
         try:
             addresses = [recipient.address for recipient in recipients]
+            if self._aliases is not None:
+                arguments = self._alias_arguments(self._aliases, addresses[0])
+                addresses = [stored_address(recipients[0].original or str(addresses[0]))]  # the alias
+                program = self._find(arguments[0])
             if self._config.trace and len(addresses) == 1 and addresses[0].key in delivered_to(delivery.message):
                 return _LOOP
-            arguments = self.arguments(delivery.envelope, addresses)
-            runs_as = self._account_of(addresses)
-            return self._run(arguments, runs_as, delivery, addresses)
+            if self._aliases is None:
+                program, arguments = self._program, self.arguments(delivery.envelope, addresses)
+            return self._run([program, *arguments[1:]], self._account_of(addresses), delivery, addresses)
         except Unfit as unfit:
             return unfit.outcome
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             reason = (getattr(error, "strerror", None) or str(error))[:200]
             return gmta.deferred(f"The command can't be run: {_clean(reason)}", enhanced="4.3.0")
 
@@ -205,6 +228,16 @@ class Pipe:
                     raise _unfit(word)
                 out.append(argument)
         return out
+
+    @staticmethod
+    def _alias_arguments(aliases: Specials, address: Address) -> list[str]:
+        """The command that an alias names by this address; raises Unfit, ValueError."""
+        target = aliases.get(address.mailbox)
+        if target is not None:
+            return alias_words(target)
+        if aliases.trouble:
+            raise ValueError(f"aliases_file: {aliases.trouble}")
+        raise Unfit(gmta.failed("The alias names no such command", enhanced="5.1.1", code=550))
 
     def _parts(self, address: Address) -> dict[str, str]:
         user, detail = address.split_detail(self._config.detail_separator)
@@ -244,7 +277,7 @@ class Pipe:
             try:
                 standard_input = self._input(delivery, addresses)
                 process = subprocess.Popen(
-                    [self._program, *arguments[1:]], stdin=standard_input, stdout=output_end, stderr=output_end, cwd=directory,
+                    arguments, stdin=standard_input, stdout=output_end, stderr=output_end, cwd=directory,
                     env=environment, close_fds=True, start_new_session=True, umask=0o077, **identity)
             finally:
                 os.close(output_end)
@@ -343,6 +376,17 @@ def parse_command(command: str) -> list[Word]:
         raise ValueError(f"command: {error}") from error
     if not words or words[0].names or not words[0].end:
         raise ValueError("command: expected a program first")
+    return words
+
+
+def alias_words(target: str) -> list[str]:
+    """Program and arguments of an alias's `|command`, quoted as for a shell; raises ValueError."""
+    try:
+        words = shlex.split(target.removeprefix(COMMAND))
+    except ValueError as error:
+        raise ValueError(f"{target[:60]!r}: {error}") from error
+    if not words or not words[0]:
+        raise ValueError(f"{target[:60]!r}: expected a program")
     return words
 
 

@@ -35,7 +35,7 @@ from gmta.mail.address import Address, AddressError, check_domain, domain_key
 from gmta.mail.fields import mailboxes
 from gmta.mail.message import Message
 from gmta.mail.session import Session, Transaction
-from gmta.services.aliases import name_key, parse_aliases
+from gmta.services.aliases import COMMAND, FILE, name_key, parse_aliases
 from gmta.services.watched import Watched
 
 MAX_DEPTH = 20  # aliases that lead to one another
@@ -185,6 +185,8 @@ class Plugin:
         """What aliases name. names: their (local part, domain)."""
         for local, host in names:
             for target in self._aliases.get(f"{local}@{host}") or self._aliases.get(local) or ():
+                if target[0] in COMMAND + FILE:
+                    continue
                 try:
                     yield Address.parse(target) if "@" in target else Address.make(target, host)
                 except AddressError:
@@ -195,7 +197,7 @@ class Plugin:
     def _load(self) -> None:
         """Reads the file; raises OSError or ValueError and then changes nothing."""
         path = FilePath(self._config.aliases_file)
-        self._aliases = parse_aliases(path.read_text(encoding="utf-8"), path.name, path.parent if self._config.allow_include else None)
+        self._aliases = parse_aliases(path.read_text(encoding="utf-8"), path.name, path.parent if self._config.allow_include else None, special=COMMAND + FILE)
         self._known.clear()
 
     def _refresh(self) -> None:

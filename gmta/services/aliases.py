@@ -1,17 +1,22 @@
 """Alias files in the classic syntax, and the form that names in them compare by.
 
-Reads no file but those that `:include:` names. What an alias stands for in the end is its reader's business. Text that can't be read
+Reads no file but those that `:include:` names. What an alias stands for in the end is its reader's business. A command (`|program`) or a file
+(`/path`) as a target has an address of its own, `special_local`, by which a transport that reads the same file finds it again. Text that can't be read
 raises ValueError with the place; a file of an `:include:` that can't be read raises OSError.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gmta.mail.address import Address
+from gmta.services.watched import Watched
 
 MAX_INCLUDE_DEPTH = 5
+COMMAND, FILE = "|", "/"  # what targets that are no addresses begin with
 
 _TOKEN = re.compile(r'\s*((?:"(?:[^"\\]|\\.)*"|[^",\s])+)\s*(?:,|\Z)')
 
@@ -24,12 +29,47 @@ def name_key(name: str) -> str:
     return _local(name).lower()
 
 
-def parse_aliases(text: str, source: str, directory: Path | None = None) -> dict[str, list[str]]:
+def special_local(target: str) -> str:
+    """The local part that a command or file has as a recipient: which kind it is, and a digest, since it may be long and is nobody's business."""
+    return target[0] + hashlib.sha256(target.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+class Specials:
+    """The commands or the files of an alias file, by `special_local`; read again within a second of a change.
+
+    kind: COMMAND or FILE.  Raises OSError, ValueError where the file can't be read at first; later `trouble` says so, and what was stays.
+    """
+
+    def __init__(self, path: str, kind: str, clock: Callable[[], float]) -> None:
+        self._path = Path(path)
+        self._kind = kind
+        self._found: dict[str, str] = {}
+        self._file = Watched([path], self._read, clock)
+        self.trouble = ""
+
+    def get(self, local: str) -> str | None:
+        """The target, with what it begins with; None where no alias has it."""
+        try:
+            self._file.refresh()
+            self.trouble = ""
+        except (OSError, ValueError) as error:
+            self.trouble = str(error)
+        return self._found.get(local)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found.values())
+
+    def _read(self) -> None:
+        aliases = parse_aliases(self._path.read_text(encoding="utf-8"), self._path.name, self._path.parent, special=COMMAND + FILE)
+        self._found = {special_local(target): target for targets in aliases.values() for target in targets if target.startswith(self._kind)}
+
+
+def parse_aliases(text: str, source: str, directory: Path | None = None, *, special: str = "") -> dict[str, list[str]]:
     """Alias name -> targets, of a file in classic aliases syntax; raises ValueError with the line.
 
     A line that starts with a blank continues the one before; `#` starts a comment line; a name or target may be
-    quoted; a name that stands twice has the targets of both. `:include:FILE` is a list of targets in a file of
-    `directory`; without one it is refused.
+    quoted; a name that stands twice has the targets of both. `:include:FILE` is a list of addresses in a file of
+    `directory`; without one it is refused. special: which of COMMAND and FILE may be targets, there as they are written.
     """
     logical: list[tuple[int, list[str]]] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -52,7 +92,7 @@ def parse_aliases(text: str, source: str, directory: Path | None = None) -> dict
             key = name_key(_unquote(name) if name.startswith('"') and name.endswith('"') else name)
         except ValueError as error:
             raise ValueError(f"{where}: {match[1]!r} is not an alias name: {error}") from error
-        targets = _targets(match[2], where, directory, 0)
+        targets = _targets(match[2], where, directory, 0, special)
         if not targets:
             raise ValueError(f"{where}: {match[1]!r} has no target")
         aliases.setdefault(key, []).extend(targets)
@@ -63,7 +103,7 @@ def _unquote(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text[1:-1])
 
 
-def _targets(text: str, where: str, directory: Path | None, depth: int) -> list[str]:
+def _targets(text: str, where: str, directory: Path | None, depth: int, special: str) -> list[str]:
     found: list[str] = []
     text = text.strip()
     position = 0
@@ -76,8 +116,11 @@ def _targets(text: str, where: str, directory: Path | None, depth: int) -> list[
         whole = _unquote(target) if target.startswith('"') and target.endswith('"') and len(target) > 1 else target
         if whole.startswith((":include:", "|", "/")):
             if not whole.startswith(":include:"):
-                raise ValueError(f"{where}: {whole[:40]!r}: commands and files are no alias targets here;"
-                                 " give the address a route to a transport instead")
+                if depth or whole[0] not in special or len(whole) == 1 or re.search(r"[\x00-\x1f\x7f]", whole):  # who writes a list is not who may run things
+                    raise ValueError(f"{where}: {whole[:40]!r}: commands and files are alias targets only where the configuration allows them"
+                                     " (command_transport, file_transport), and in no :include:")
+                found.append(whole)
+                continue
             if directory is None:
                 raise ValueError(f"{where}: :include: is read only where the configuration allows it (allow_include)")
             if depth >= MAX_INCLUDE_DEPTH:
@@ -85,7 +128,7 @@ def _targets(text: str, where: str, directory: Path | None, depth: int) -> list[
             file = directory / whole[len(":include:"):].strip()
             for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
                 if line.strip() and not line.lstrip().startswith("#"):
-                    found += _targets(line, f"{file.name}:{number}", directory, depth + 1)
+                    found += _targets(line, f"{file.name}:{number}", directory, depth + 1, special)
             continue
         try:
             found.append(str(Address.parse(whole)) if "@" in whole else _local(whole))

@@ -158,6 +158,42 @@ def test_a_user_leads_nobody_where_he_may_not_go(gmta: Gmta, homes: Path, direct
     assert not [name for _, _, names in os.walk(secret) for name in names]
 
 
+def test_commands_and_files_of_aliases(gmta: Gmta, homes: Path) -> None:
+    """They are done as the key says, and reports name neither."""
+    out = homes / "games"
+    (gmta.directory / "aliases").write_text(f"""run: "|/bin/sh -c 'id -u > {out}/ran; cat >> {out}/ran'"
+keep: {out}/box, games
+lose: "|/bin/sh -c 'echo no such queue; exit 67'"
+""")
+    serve(gmta, homes)
+    gmta.stop()
+    gmta.serve(gmta.config.read_text().replace("accept = any", f"""accept = system
+aliases_file = {gmta.directory}/aliases
+command_transport = commands
+file_transport = files
+[transport:commands]
+type = pipe
+aliases_file = {gmta.directory}/aliases
+user = games
+[transport:files]
+type = mbox
+aliases_file = {gmta.directory}/aliases
+user = games
+"""))
+    send(gmta, "run@example.test", "keep@example.test")
+    assert GAMES is not None
+    until(lambda: (out / "ran").is_file() and "hi" in (out / "ran").read_text() and (out / "box").is_file(), "command and file")
+    assert (out / "ran").read_text().startswith(f"{GAMES.pw_uid}\nReturn-Path: <a@sender.example>\nDelivered-To: run@example.test\n")
+    assert (out / "box").stat().st_uid == GAMES.pw_uid
+    until(lambda: "\nhi\n\n" in (out / "box").read_text(), "the whole message")
+    files(out / "Maildir", 1)
+    send(gmta, "lose@example.test", sender="games@example.test")
+    report = files(out / "Maildir", 2)[-1].read_text() + files(out / "Maildir", 2)[0].read_text()
+    assert "no such queue" in report and "lose@example.test" in report and "/bin/sh" not in report
+    with pytest.raises(smtplib.SMTPRecipientsRefused):
+        send(gmta, "root@example.test")
+
+
 def test_the_agent_may_die(gmta: Gmta, homes: Path) -> None:
     serve(gmta, homes)
     for count in range(1, 4):

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from gmta.mail.address import Address
+from gmta.mail.envelope import RecipientState
 from gmta.mail.session import Recipient, Session, Transaction
 from gmta.mail.verdict import Kind, Verdict
+from gmta.services.aliases import special_local
 from gmta_plugins import mailboxes
 from gmta_plugins.mailboxes import parse_aliases, parse_mailboxes
 
@@ -217,3 +219,72 @@ def test_include_of_itself_ends(tmp_path: Any) -> None:
 
 def test_mailboxes_syntax() -> None:
     assert parse_mailboxes("\n# none\nAlice@Example.test  rest\nbob\n", "f") == {"alice@example.test", "bob"}
+
+
+# --- commands, files, accounts ------------------------------------------------------------------------------------
+
+SPECIAL = 'tickets: "|/bin/ticket --queue \'a, b\'", joe@example.test\nbox: /srv/box, /dev/null\ntwice: tickets, box\nlist: :include:list\n'
+
+
+def test_commands_and_files_are_errors_without_their_keys(tmp_path: Any) -> None:
+    for text in ("a: |/bin/x\n", 'a: "|/bin/x y"\n', "a: /srv/box\n"):
+        with pytest.raises(ValueError, match=r"aliases:1: .*command_transport, file_transport"):
+            parse_aliases(text, "aliases")
+    with pytest.raises(ValueError, match="aliases:1"):
+        parse_aliases("a: /srv/box\n", "aliases", special="|")
+    for text in ("a: |\n", "a: /\n", 'a: "|x\ty"\n'):
+        with pytest.raises(ValueError, match="aliases:1"):
+            parse_aliases(text, "aliases", special="|/")
+
+
+def test_an_included_list_runs_nothing(tmp_path: Any) -> None:
+    for target in ("|/bin/x", "/srv/box"):
+        (tmp_path / "list").write_text(f"joe\n{target}\n")
+        with pytest.raises(ValueError, match=r"list:2: .* in no :include:"):
+            parse_aliases("a: :include:list\n", "aliases", tmp_path, special="|/")
+
+
+def make_special(tmp_path: Any, **keys: Any) -> mailboxes.Plugin:
+    (tmp_path / "list").write_text("ann@far.example\n")
+    (tmp_path / "aliases").write_text(SPECIAL)
+    config = SimpleNamespace(domains=SimpleNamespace(local=frozenset(LOCAL)), sections={"domains": {"local": ", ".join(LOCAL)}},
+                             transports={"commands": {}, "files": {}})
+    services = SimpleNamespace(config=config, clock=Clock(), log=Log())
+    return mailboxes.Plugin(mailboxes.Config(**{"aliases_file": str(tmp_path / "aliases"), "allow_include": True, "accept": "any",
+                                                "command_transport": "commands", "file_transport": "files", **keys}), services)
+
+
+def test_commands_and_files_are_recipients_with_a_route(tmp_path: Any) -> None:
+    plugin = make_special(tmp_path)
+    command, box, null = special_local("|/bin/ticket --queue 'a, b'"), special_local("/srv/box"), special_local("/dev/null")
+    assert len({command, box, null}) == 3 and len(command) == 25
+    assert ends(ask(plugin, "tickets@example.test"), "") == [f"{command}@example.test", "joe@example.test"]
+    assert ends(ask(plugin, "twice@example.test"), "") == [f"{name}@example.test" if "@" not in name else name
+                                                           for name in (command, "joe@example.test", box, null)]
+    routes = {name: plugin.get_route(None, RecipientState(0, Address(name, "example.test"))) for name in (command, box, null, "joe", "|joe", command + "x")}  # type: ignore[attr-defined]
+    assert routes == {command: "commands", box: "files", null: "files", "joe": None, "|joe": None, command + "x": None}
+    assert plugin.get_route(None, RecipientState(0, Address(command, "far.example"))) is None  # type: ignore[attr-defined]
+
+
+def test_nobody_names_a_command_from_outside(tmp_path: Any) -> None:
+    plugin = make_special(tmp_path)
+    for target in ("|/bin/ticket --queue 'a, b'", "/srv/box"):
+        refused(ask(plugin, Address(special_local(target), "example.test")), "5.1.3")
+
+
+def test_who_has_no_commands_is_not_asked_for_routes() -> None:
+    assert not hasattr(make()[0], "get_route")
+
+
+def test_the_transport_has_to_be_there(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"command_transport: there is no \[transport:x\]"):
+        make_special(tmp_path, command_transport="x")
+
+
+def test_accounts_of_this_machine() -> None:
+    plugin, services = make(accept="system")
+    assert ends(ask(plugin, "Nobody+x@example.test"), "") == ["nobody@example.test"]
+    refused(ask(plugin, "no-such-account@example.test"), "5.1.1")
+    refused(ask(plugin, "root@example.test"), "5.1.1")
+    services.clock.now += 61
+    assert ends(ask(plugin, "nobody@example.test"), "nobody@example.test") == ["nobody@example.test"]

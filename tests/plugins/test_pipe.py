@@ -19,6 +19,7 @@ from gmta.mail.address import Address, AddressError, parse_mailbox
 from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.message import FileBody, Message
 from gmta.mail.verdict import Outcome, Status
+from gmta.services.aliases import special_local
 from gmta.testing import MemoryLog, make_services
 from gmta_plugins import pipe
 from gmta_plugins.pipe import Pipe, parse_command
@@ -320,6 +321,78 @@ def test_braces_of_its_own() -> None:
 def test_every_hostile_mailbox_could_come_by_smtp() -> None:
     """At least forty of them are addresses that a client may give."""
     assert len([mailbox for mailbox in HOSTILE if mailbox.isascii() and parse_mailbox(str(address(mailbox)))]) >= 40
+
+
+# --- commands of aliases ---------------------------------------------------------------------------------------------
+
+
+def of_aliases(make: Callable[..., Pipe], tmp_path: Path, *targets: str, **keys: str) -> Pipe:
+    (tmp_path / "aliases").write_text("".join('a: "{}"\n'.format(target.replace("\\", "\\\\").replace('"', '\\"')) for target in targets))
+    return make("", aliases_file=str(tmp_path / "aliases"), **({"user": "nobody"} if os.geteuid() == 0 else {}), **keys)
+
+
+def run_alias(transport: Pipe, target: str, alias: str = "list@c.example", **facts: Any) -> Outcome:
+    made = delivery(Address(special_local(target), "c.example"), **facts)
+    made.recipients[0].original = alias
+    return transport.deliver(made)[0]
+
+
+def shared(tmp_path: Path) -> Path:
+    """A directory that everybody may write to, where nobody can reach it."""
+    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        path.chmod(0o755)
+    made = tmp_path / "out"
+    made.mkdir()
+    made.chmod(0o777)
+    return made
+
+
+def test_command_of_an_alias_runs_without_a_shell(make: Callable[..., Pipe], tmp_path: Path) -> None:
+    out = shared(tmp_path)
+    (tmp_path / "note").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {out}/args\ncat > {out}/input\n')
+    (tmp_path / "note").chmod(0o755)
+    target = f"|{tmp_path}/note 'a b' $HOME; {{local}} `id` > {out}/never \\$x \"q\""
+    assert run_alias(of_aliases(make, tmp_path, target), target).status is Status.DELIVERED
+    assert (out / "args").read_text().split("\n")[:-1] == ["a b", "$HOME;", "{local}", "`id`", ">", f"{out}/never", "$x", "q"]
+    assert not (out / "never").exists()
+    assert (out / "input").read_text().startswith("Return-Path: <a@b.example>\nDelivered-To: list@c.example\n")
+
+
+def test_only_commands_of_the_file_run(make: Callable[..., Pipe], tmp_path: Path) -> None:
+    transport = of_aliases(make, tmp_path, "|/bin/true")
+    assert run_alias(transport, "|/bin/true").status is Status.DELIVERED
+    for target in ("|/bin/false", "/bin/true"):
+        assert run_alias(transport, target).reply.enhanced == "5.1.1"
+    assert deliver(transport, address("|/bin/true")).reply.enhanced == "5.1.1"
+    (tmp_path / "aliases").write_text("a: |/bin/false\n")
+    transport._services.clock.advance(2)
+    assert run_alias(transport, "|/bin/true").reply.enhanced == "5.1.1" and run_alias(transport, "|/bin/false").status is Status.DEFERRED
+    (tmp_path / "aliases").unlink()
+    transport._services.clock.advance(2)
+    assert run_alias(transport, "|/bin/true").reply.enhanced == "4.3.0"
+
+
+def test_loop_through_an_alias_is_stopped(make: Callable[..., Pipe], tmp_path: Path) -> None:
+    message = Message.from_bytes(b"Delivered-To: List@c.example\r\n\r\nx\r\n")
+    assert run_alias(of_aliases(make, tmp_path, "|/bin/true"), "|/bin/true", message=message).reply.enhanced == "5.4.6"
+
+
+@pytest.mark.parametrize(("targets", "keys", "error"), [
+    (["|no-such-program"], {}, "no program"), (["|/bin/sh 'x"], {}, "quotation"), (["|''"], {}, "expected a program"), (["|/bin/true"], {"per": "message"}, "per = recipient")])
+def test_aliases_that_can_not_be(make: Callable[..., Pipe], tmp_path: Path, targets: list[str], keys: dict[str, str], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        of_aliases(make, tmp_path, *targets, **keys)
+
+
+def test_commands_of_aliases_never_run_as_root(make: Callable[..., Pipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "aliases").write_text("a: |/bin/true\n")
+    monkeypatch.setattr("gmta_plugins.pipe.os.geteuid", lambda: 0)
+    with pytest.raises(ValueError, match="never run as root"):
+        make("", aliases_file=str(tmp_path / "aliases"))
+    with pytest.raises(ValueError, match="never run as root"):
+        make("", aliases_file=str(tmp_path / "aliases"), user="root")
+    with pytest.raises(ValueError, match="either this or aliases_file"):
+        make("/bin/true", aliases_file=str(tmp_path / "aliases"), user="nobody")
 
 
 def test_every_key_is_documented() -> None:
