@@ -189,7 +189,7 @@ class TlsReports:
         """Whether nothing more is to be done about a report by HTTPS (RFC 8460 section 5.3)."""
         try:
             status = self._post(url, "application/tlsrpt+gzip", packed)
-        except (PostFailed, OSError) as error:
+        except PostFailed as error:
             self._log.warning("tls report can't be posted", domain=domain, url=url, error=str(error))
             return False
         if 200 <= status < 300:
@@ -286,7 +286,10 @@ def over_https(resolver: Resolver, clock: Callable[[], float], *, allow_private:
     """A `post` to whoever the owner of a domain names: no redirects, and no addresses but the internet's."""
 
     def post(url: str, content_type: str, octets: bytes) -> int:
-        endpoint = Endpoint(url, resolver, clock, secrets=Secrets(()), allow_private=allow_private, ca_file=ca_file)
+        try:
+            endpoint = Endpoint(url, resolver, clock, secrets=Secrets(()), allow_private=allow_private, ca_file=ca_file)
+        except ValueError as error:
+            raise PostFailed(str(error)) from error
         try:
             return endpoint.post("", content_type, BytesBody(octets)).status
         finally:

@@ -271,6 +271,9 @@ def test_over_https(web: tuple[str, str, list[tuple[str, dict[str, str], bytes]]
             refused(f"{url}/x", "text/plain", b"")
     with pytest.raises(PostFailed, match=r"doesn't match|not valid for"):
         post(url.replace("reports", "other"), "text/plain", b"")
+    (gone := Path(ca_file).with_name("gone.pem")).write_text("")
+    with pytest.raises(PostFailed, match="authorities"):
+        over_https(zone, FakeClock(), allow_private=True, ca_file=str(gone))(f"{url}/x", "text/plain", b"")
     with pytest.raises(PostFailed, match="no public address"):
         over_https(zone, FakeClock(), allow_private=False)("https://127.0.0.1/x", "text/plain", b"")
     assert len(requests) == 2
