@@ -28,7 +28,7 @@ from pydantic import Field, field_validator
 
 import gmta
 from gmta import Delivery, Duration, PluginConfig, Verdict, accept, hookimpl, reject
-from gmta.mail.address import Address, AddressError, domain_key
+from gmta.mail.address import Address, AddressError, domain_key, domains_above
 from gmta.mail.message import Message
 from gmta.mail.session import Recipient, Session, Transaction
 from gmta.mail.trace import delivered_to
@@ -284,11 +284,7 @@ class Plugin:
         host = address.host
         if host in routed or f"{address.mailbox.lower()}@{host}" in routed:
             return True
-        while "." in host:
-            host = host.partition(".")[2]
-            if f".{host}" in routed:
-                return True
-        return False
+        return any(f".{parent}" in routed for parent in domains_above(host))
 
 
 def _route_key(key: str) -> str:

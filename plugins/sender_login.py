@@ -31,7 +31,7 @@ from pydantic import Field
 
 from gmta import PluginConfig, Verdict, hookimpl, reject
 from gmta.config import ConfigError, Path, Section
-from gmta.mail.address import Address, AddressError, check_domain, domain_key
+from gmta.mail.address import Address, AddressError, check_domain, domain_key, domains_above
 from gmta.mail.fields import mailboxes
 from gmta.mail.message import Message
 from gmta.mail.session import Session, Transaction
@@ -85,11 +85,7 @@ class Grants:
 
     def cover(self, user: str, address: Address) -> bool:
         """Whether the user was granted the address. user: as user_key has it."""
-        wanted = {"*", address.key, f"@{address.host}"}
-        parent = address.host
-        while "." in parent:
-            parent = parent.partition(".")[2]
-            wanted.add(f"@.{parent}")
+        wanted = {"*", address.key, f"@{address.host}", *(f"@.{parent}" for parent in domains_above(address.host))}
         whose = (user, "@" + user.rpartition("@")[2], "*") if "@" in user else (user, "*")
         return any(not wanted.isdisjoint(self._granted.get(who, ())) for who in whose)
 

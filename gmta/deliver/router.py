@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from gmta.mail.address import Address, domain_key
+from gmta.mail.address import Address, domain_key, domains_above
 from gmta.mail.envelope import Envelope, RecipientState
 from gmta.mail.verdict import Outcome, deferred, delivered, failed
 
@@ -63,10 +63,7 @@ class _Table:
                 return found
         found = self.domains.get(host)
         if found is None and self.suffixes:
-            rest = host
-            while found is None and "." in rest:
-                rest = rest.partition(".")[2]
-                found = self.suffixes.get(rest)
+            return next((self.suffixes[parent] for parent in domains_above(host) if parent in self.suffixes), None)
         return found
 
 

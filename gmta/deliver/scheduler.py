@@ -27,7 +27,7 @@ from gmta.deliver.bounce import Notice
 from gmta.deliver.lanes import TICK_S, Health, Lane, Lanes
 from gmta.deliver.router import HELD_ROUTE, Router
 from gmta.hookspecs import Delivery
-from gmta.mail.address import Address
+from gmta.mail.address import Address, domains_above
 from gmta.mail.envelope import DELIVERED, FAILED, HELD, QUEUED, Envelope, RecipientState, stored_address
 from gmta.mail.message import Message
 from gmta.mail.reply import Reply
@@ -543,12 +543,8 @@ class Scheduler:
         times = self._times
         if self._times_of:
             host = recipient.address.host
-            found = self._times_of.get(host)
-            rest = host
-            while found is None and "." in rest:
-                rest = rest.partition(".")[2]
-                found = self._times_of.get("." + rest)
-            times = found or times
+            above = (f".{parent}" for parent in domains_above(host))
+            times = next((self._times_of[name] for name in (host, *above) if name in self._times_of), times)
         if not envelope.sender:
             return times._replace(lifetime=min(times.lifetime, self._config.queue.bounce_lifetime))
         return times

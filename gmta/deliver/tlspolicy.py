@@ -20,6 +20,7 @@ from gmta.config import TlsDemand
 from gmta.deliver import dane
 from gmta.deliver.mtasts import MtaSts, Policy
 from gmta.deliver.nexthop import Target
+from gmta.mail.address import domains_above
 from gmta.mail.message import Message
 from gmta.mail.verdict import Outcome, deferred, failed
 from gmta.services.dns import Status
@@ -184,12 +185,8 @@ class TlsPolicies:
         demands = self._demands
         if not demands:
             return None
-        found = demands.get(domain)
-        rest = domain
-        while found is None and "." in rest:
-            rest = rest.partition(".")[2]
-            found = demands.get(f".{rest}")
-        return found or demands.get("*")
+        above = (f".{parent}" for parent in domains_above(domain))
+        return next((demands[name] for name in (domain, *above, "*") if name in demands), None)
 
     def rule(self, policy: DomainPolicy, target: Target) -> TlsRule:
         """What TLS with one host must be; raises Unusable."""

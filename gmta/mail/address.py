@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterator
 
 import idna
 
@@ -136,6 +137,13 @@ def domain_key(domain: str) -> str:
         return idna.encode(key, uts46=True).decode("ascii").lower()
     except idna.IDNAError:
         return key
+
+
+def domains_above(domain: str) -> Iterator[str]:
+    """The domains that a domain lies in, the nearest first."""
+    while "." in domain:
+        domain = domain.partition(".")[2]
+        yield domain
 
 
 def check_domain(domain: str) -> None:

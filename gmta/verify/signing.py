@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from gmta.mail import mime
-from gmta.mail.address import Address, AddressError
+from gmta.mail.address import Address, AddressError, domains_above
 from gmta.mail.message import Message
 from gmta.verify.canonical import Header, hash_body, relaxed_field
 from gmta.verify.dkim import HEAVY, MAX_BITS, MIN_BITS, Fault, Heavy, digest_of, domain_name, run
@@ -268,11 +268,9 @@ class KeyFiles:
 
     def keys_for(self, domain: str) -> list[SigningKey]:
         """The keys of a domain, else of the nearest one above it (RFC 6376 section 3.8); raises KeyTrouble."""
-        while "." in domain:
-            keys = self.keys(domain)
-            if keys:
+        for name in (domain, *domains_above(domain)):
+            if "." in name and (keys := self.keys(name)):
                 return keys
-            domain = domain.partition(".")[2]
         return []
 
     def all_keys(self) -> list[SigningKey]:
