@@ -1,4 +1,4 @@
-"""Where mail ends, with the programs that serve it: Dovecot's quota, LMTP and Sieve, procmail and maildrop, commands across kills."""
+"""Where mail ends, with the programs that serve it: Dovecot's quota, LMTP and Sieve, Cyrus's LMTP, procmail and maildrop, commands across kills."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ import imaplib
 import json
 import os
 import re
+import shutil
 import signal
 import smtplib
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gmta.services.maildirsize import Limits, count_usage, read_usage
-from tests.e2e.conftest import DEADLINE_S, OWNER, ROOT, Dovecot, Gmta, children, dovecot_user, program, until
+from tests.e2e.conftest import (
+    DEADLINE_S,
+    OWNER,
+    ROOT,
+    Dovecot,
+    Gmta,
+    children,
+    dovecot_user,
+    free_port,
+    listens,
+    program,
+    until,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -42,10 +55,10 @@ enable = mailboxes, access, received_limit, maildir
 """))
 
 
-def send(gmta: Gmta, *recipients: str, subject: str = "hello", sender: str = "alice@sender.test") -> dict[str, Any]:
+def send(gmta: Gmta, *recipients: str, subject: str = "hello", sender: str = "alice@sender.test", more: str = "") -> dict[str, Any]:
     """One message; the recipients that were refused."""
     with smtplib.SMTP("127.0.0.1", gmta.port, "client.test", timeout=DEADLINE_S) as client:
-        return client.sendmail(sender, recipients, f"From: Alice <alice@sender.test>\r\nSubject: {subject}\r\n\r\nHello.\r\n")
+        return client.sendmail(sender, recipients, f"From: Alice <alice@sender.test>\r\nSubject: {subject}\r\n\r\nHello.\r\n{more}")
 
 
 def load(gmta: Gmta, count: int, size: int = 2000) -> None:
@@ -166,6 +179,90 @@ plugin {{
     said = b"".join(file.read_bytes() for file in (homes / "alice/Maildir/new").iterdir()).decode()
     assert re.search(r"^Status: 5\.2\.2", said, re.M) and re.search(r"^Status: 5\.1\.1", said, re.M), said
     settled(gmta)
+    assert gmta.stop() == 0
+
+
+# --- Cyrus ------------------------------------------------------------------------------------------------------
+
+
+class Cyrus:
+    """A server of our own with LMTP by Unix socket and TCP; it makes mailboxes of 8 KB for some users when their first mail comes."""
+
+    def __init__(self, directory: Path, *users: str) -> None:
+        top = directory / "cyrus"
+        programs = "/usr/lib/cyrus/bin"
+        assert Path(f"{programs}/master").exists(), "cyrus-imapd is not installed: scripts/test installs it when run as root"
+        self.port, self.socket, self._spool = free_port(), top / "conf/socket/lmtp", top / "spool"
+        for path in (self._spool, *(top / "conf" / name for name in ("db", "socket", "proc", "lock"))):
+            path.mkdir(parents=True)
+        (top / "imapd.conf").write_text(f"""configdirectory: {top}/conf
+partition-default: {self._spool}
+defaultpartition: default
+cyrus_user: {"cyrus" if ROOT else OWNER.pw_name}
+autocreate_post: yes
+autocreate_quota: 8
+autocreate_users: {" ".join(users)}
+lmtp_over_quota_perm_failure: yes
+servername: cyrus.test
+""")
+        (top / "cyrus.conf").write_text(f"""START {{
+  recover cmd="{programs}/ctl_cyrusdb -C {top}/imapd.conf -r"
+}}
+SERVICES {{
+  lmtpunix cmd="{programs}/lmtpd -C {top}/imapd.conf" listen="{self.socket}" prefork=0
+  lmtp cmd="{programs}/lmtpd -C {top}/imapd.conf -a" listen="127.0.0.1:{self.port}" prefork=0
+}}
+EVENTS {{
+}}
+""")
+        if ROOT:
+            for path, _, _ in os.walk(top):
+                shutil.chown(path, "cyrus", "mail")
+        self._process = subprocess.Popen([f"{programs}/master", "-D", "-C", str(top / "imapd.conf"), "-M", str(top / "cyrus.conf"), "-p", str(top / "pid")],
+                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            until(lambda: self._process.poll() is None and listens(self.port) and self.socket.exists(), "Cyrus")
+        except BaseException:
+            self.stop()
+            raise
+
+    def messages(self) -> list[str]:
+        """All that it has stored."""
+        return [path.read_text() for path in self._spool.rglob("*") if re.fullmatch(r"[0-9]+\.", path.name)]
+
+    def stop(self) -> None:
+        """Ends it."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(DEADLINE_S)
+
+
+@pytest.fixture
+def cyrus(directory: Path) -> Iterator[Cyrus]:
+    """With the users you, alice, full and bob."""
+    server = Cyrus(directory, "you", "alice", "full", "bob")
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("by", ["unix", "tcp"])
+def test_lmtp_to_cyrus(gmta: Gmta, cyrus: Cyrus, by: str) -> None:
+    """Cyrus says for each recipient what became of it, at RCPT and behind the message; connections are used again."""
+    serve(gmta, f"type = lmtp\nhost = {f'unix:{cyrus.socket}' if by == 'unix' else f'127.0.0.1:{cyrus.port}'}\n", workers=1)
+    pad = "x" * 70 + "\r\n"
+    for count in (1, 2):
+        send(gmta, "full@example.test", subject="first", more=pad * 90)
+        until(lambda count=count: len(cyrus.messages()) == count, "a message")  # type: ignore[misc]
+    send(gmta, "you@example.test", "full@example.test", "nobody-here@example.test", subject="second", sender="alice@example.test", more=pad * 60)
+    until(lambda: len(cyrus.messages()) == 4, "one message more and a report")
+    assert sum("Subject: second\n" in text.replace("\r", "").partition("\n\n")[0] for text in cyrus.messages()) == 1
+    report = next(text for text in cyrus.messages() if "Action: failed" in text)
+    assert re.search(r"full@example.test.*?^Status: 5\.2\.2", report, re.M | re.S) and re.search(r"nobody-here@example.test.*?^Status: 5\.1\.1", report, re.M | re.S)
+    assert "you@example.test" not in report.partition("Content-Type: message/delivery-status")[2].partition("--")[0]
+    for number in range(12):
+        send(gmta, "bob@example.test", subject=f"more {number}")
+    settled(gmta)
+    assert len(cyrus.messages()) == 16
     assert gmta.stop() == 0
 
 
