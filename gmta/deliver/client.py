@@ -277,7 +277,8 @@ class SmtpClient:
             reply = self._command(protocol.auth(mechanism, exchange.first))
             while reply.code == 334:
                 try:
-                    answer: bytes | None = exchange.answer(_challenge(reply))
+                    # SCRAM's key takes up to 0.1 s, however many iterations the server likes
+                    answer: bytes | None = gevent.get_hub().threadpool.apply(exchange.answer, (_challenge(reply),))
                 except ValueError as error:
                     self._command(protocol.auth_response(None))
                     raise self._lost(f"Authentication with {self.remote} broken off: {error}"[:300], "4.7.0", speaking=True) from error
@@ -691,18 +692,18 @@ class Pool:
         if self._sweeper is None or self._sweeper.dead:
             self._sweeper = self._spawn(self._sweep)
 
-    def _sweep(self) -> None:
-        """Closes what idles, until nothing is left."""
-        while self._idle:
-            gevent.sleep(self._idle_timeout_s)
-            oldest = self._clock() - self._idle_timeout_s
-            for key, clients in list(self._idle.items()):
     def let_go(self, key: Any) -> None:
         """Closes the idle ones of a key."""
         clients = self._idle.get(key, [])
         while clients:
             clients.pop().quit()
 
+    def _sweep(self) -> None:
+        """Closes what idles, until nothing is left."""
+        while self._idle:
+            gevent.sleep(self._idle_timeout_s)
+            oldest = self._clock() - self._idle_timeout_s
+            for key, clients in list(self._idle.items()):
                 late = [client for client in clients if client.used_at <= oldest]
                 clients[:] = [client for client in clients if client.used_at > oldest]
                 if not clients:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from gmta.config import ConfigError
 from gmta.mail.address import Address
 from gmta.mail.verdict import Status
+from gmta.smtp import sasl_client
 from gmta.smtp.data import stuff
 from gmta.testing import make_services
 from gmta.testing.authority import Authority
@@ -481,6 +483,16 @@ def test_credentials_are_given_to_hosts_of_this_machine(make: Make, host: Host, 
     peer = host(AUTH.format(offered) + exchange + "\nS: 235 2.7.0 ok\nPLAY")
     assert statuses(make(peer.address, username="me", password="secret").send()) == [DELIVERED]
     peer.check()
+
+
+def test_challenges_are_answered_off_the_loop(make: Make, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much work a challenge is, the server says (SCRAM's iterations): others are served meanwhile."""
+    threads: list[int] = []
+    answer = sasl_client.Login.answer
+    monkeypatch.setattr(sasl_client.Login, "answer", lambda *words: threads.append(threading.get_ident()) or answer(*words))
+    peer = host(AUTH.format("LOGIN") + "C: ^AUTH LOGIN$\nS: 334 VXNlcm5hbWU6\nC: \nS: 334 UGFzc3dvcmQ6\nC: \nS: 235 2.7.0 ok\nPLAY")
+    assert statuses(make(peer.address, username="me", password="secret").send()) == [DELIVERED]
+    assert len(threads) == 2 and threading.get_ident() not in threads
 
 
 @pytest.mark.parametrize(("script", "said"), [
