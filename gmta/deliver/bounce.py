@@ -81,11 +81,12 @@ _REMOTE = re.compile(r"([^\s\[\]:]+)?(?:\[([0-9A-Fa-f:.]+)\])?(?::(\d+))?\Z")
 
 
 class Notice(NamedTuple):
-    """One recipient of a report: what became of it; status: where it is not the reply's own ("5.4.7")."""
+    """One recipient of a report: what became of it; status: where it is not the reply's own ("5.4.7"); tried: now, not some time before."""
 
     recipient: RecipientState
     outcome: Outcome
     status: str = ""
+    tried: bool = True
 
 
 def wants(recipient: RecipientState, what: str) -> bool:
@@ -280,7 +281,7 @@ def _machine(kind: str, envelope: Envelope, notices: Sequence[Notice], hostname:
         if kind != EXPANDED:
             form = "X-gmta" if outcome.own else "smtp"
             yield _field("Diagnostic-Code", f"{form}; {_ascii(outcome.words)[:MAX_SAID]}")
-        if recipient.attempts:
+        if recipient.attempts and notice.tried:
             yield _field("Last-Attempt-Date", date(now))
         if kind == DELAYED:
             yield _field("Will-Retry-Until", date(retry_until))  # RFC 3464 section 2.3.9

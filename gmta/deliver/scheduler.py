@@ -520,7 +520,7 @@ class Scheduler:
                     arrived.append(Notice(recipient, outcome))
             elif status is Status.FAILED:
                 recipient.status = FAILED
-                gave_up.append(Notice(recipient, outcome, bounce.EXPIRED if outcome.status is Status.DEFERRED else ""))
+                gave_up.append(Notice(recipient, outcome, bounce.EXPIRED if outcome.status is Status.DEFERRED else "", job.attempted))
             to = str(recipient.address)
             data = {"to": to, "transport": job.transport, "next_hop": job.next_hop, "remote": outcome.remote,
                     "reply": said, "attempts": recipient.attempts}
@@ -565,7 +565,7 @@ class Scheduler:
             if now >= warn_at:
                 recipient.warned = True
                 if bounce.wants(recipient, "DELAY"):
-                    late.append(Notice(recipient, outcome))
+                    late.append(Notice(recipient, outcome, tried=job.attempted))
             else:
                 at = min(at, warn_at)
         recipient.status = QUEUED
@@ -577,7 +577,7 @@ class Scheduler:
         """The DSNs that an attempt calls for (RFC 3461 section 5.2)."""
         envelope = job.envelope
         if not envelope.sender:  # RFC 5321 section 4.5.5: no report about a message with the null sender
-            for recipient, outcome, _ in gave_up:
+            for recipient, outcome, *_ in gave_up:
                 self._log.warning("bounce undeliverable", id=envelope.id, to=recipient.address, reply=outcome.reply)
             if not gave_up or self._double_bounce is None or "double_bounce" in envelope.facts:
                 return []

@@ -135,6 +135,14 @@ def test_expired_keeps_the_last_words() -> None:
     assert "It was tried for 2 minutes, 4 times. The last result: mx said: 451 later" in text_of(parsed)
 
 
+def test_what_was_not_tried_now_has_no_date_of_now() -> None:
+    recipient = RecipientState(0, Address("x", "c.example"), attempts=2)
+    waited = Notice(recipient, deferred("Delivery suspended", enhanced="4.4.1"), tried=False)
+    for kind in (bounce.FAILED, bounce.DELAYED):
+        assert "Last-Attempt-Date" not in groups(report(waited, kind=kind)[1])[1]  # RFC 3464 section 2.3.7: when is not kept
+        assert groups(report(waited._replace(tried=True), kind=kind)[1])[1]["Last-Attempt-Date"]
+
+
 def test_delay_says_until_when() -> None:
     raw, parsed = report(outcome_of(Reply(451, "4.4.1", "later"), remote="mx"), kind=bounce.DELAYED)
     group = groups(parsed)[1]
