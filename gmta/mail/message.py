@@ -14,6 +14,7 @@ from io import IncrementalNewlineDecoder
 CHUNK = 256 * 1024
 
 _FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
+_NAME = re.compile(r"[!-9;-~]+\Z")
 _FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:(?:.*?)(?:\r\n|\n|\Z)(?:[ \t].*?(?:\r\n|\n|\Z))*", re.S | re.M)
 
 
@@ -88,7 +89,8 @@ class Message:
     def prepend(self, name: str, value: str | bytes) -> None:
         """Puts `name: value` on top; value may be folded with CRLF + blank; raises ValueError if it could break out."""
         raw = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
-        if re.search(rb"\r(?!\n)|(?<!\r)\n|\n(?![ \t])|\0", raw) or not re.fullmatch(r"[!-9;-~]+", name):
+        unfolded = raw.replace(b"\r\n\t", b"?").replace(b"\r\n ", b"?")
+        if b"\r" in unfolded or b"\n" in unfolded or b"\0" in unfolded or not _NAME.match(name):
             raise ValueError(f"field {name!r} can't be written")
         if not self.separator and self.body.size:
             self.separator = b"\r\n"  # RFC 5322 section 2.1: a body without header needs its blank line now

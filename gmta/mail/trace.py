@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from gmta.mail.address import Address, AddressError, domain_key
 from gmta.mail.message import Message
@@ -28,7 +29,12 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 
 def date(at: float) -> str:
     """A date-time (RFC 5322 section 3.3) in UTC; at: Unix seconds."""
-    when = datetime.fromtimestamp(at, UTC)
+    return _date(int(at // 1))
+
+
+@lru_cache(maxsize=16)
+def _date(second: int) -> str:
+    when = datetime.fromtimestamp(second, UTC)
     return (f"{_DAYS[when.weekday()]}, {when.day:02d} {_MONTHS[when.month - 1]} {when.year:04d} "
             f"{when.hour:02d}:{when.minute:02d}:{when.second:02d} +0000")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmta.mail.message import Message
+from gmta.mail.message import MemoryBody, Message
 from gmta.verify.canonical import Header
 
 JUNK = b"From: a@example.org\r\nno field From: b@example.org\r\n folded\r\nSubject : x\r\n y\r\nFrom-Line: z\r\nfrom : c@example.org\r\n\r\nFrom: d@example.org\r\n"
@@ -41,3 +44,17 @@ def test_values_fields_and_signed_fields_are_the_same_ones(lines: list[bytes], e
     assert values == [field.partition(b":")[2].strip(b"\r\n").lstrip(b" \t") for name, field in message.fields() if name.lower() == "from"]
     header = Header(raw)
     assert len(header.places(b"from")) == len(values)
+
+
+def test_what_can_be_prepended_is_what_cannot_break_out() -> None:
+    for length in range(6):
+        for octets in itertools.product((b"\r", b"\n", b"\t", b" ", b"x", b"\0", b"?"), repeat=length):
+            value = b"".join(octets)
+            sound = re.search(rb"\r(?!\n)|(?<!\r)\n|\n(?![ \t])|\0", value) is None
+            message = Message(b"", b"", MemoryBody(b""))
+            try:
+                message.prepend("X", value)
+            except ValueError:
+                assert not sound, value
+            else:
+                assert sound, value
