@@ -29,10 +29,10 @@ from gmta.mail.reply import NO_PROXY  # noqa: E402
 from gmta.mail.session import Session  # noqa: E402
 from gmta.plugins import PluginManager  # noqa: E402
 from gmta.queue import maildrop  # noqa: E402
-from gmta.queue.admin import QueueAdmin  # noqa: E402
+from gmta.queue.admin import ask  # noqa: E402
 from gmta.queue.ids import IdSource  # noqa: E402
 from gmta.queue.sqlite import SqliteStore  # noqa: E402
-from gmta.queue.store import Event, Store  # noqa: E402
+from gmta.queue.store import Event, Store, StoreError  # noqa: E402
 from gmta.receive.connection import Connection  # noqa: E402
 from gmta.receive.limits import ConnectionLimits, within  # noqa: E402
 from gmta.receive.pickup import Pickup  # noqa: E402
@@ -102,9 +102,6 @@ class Worker:
         return PostgresStore(services.database, directory, node=services.node, log=self.log, history_s=config.queue.history,
                              message_limit=config.limits.message_size, lease_s=config.queue.lease)
 
-    def run(self, beat: int, life: int) -> None:
-        """Serves until SIGTERM or until the supervisor is gone. beat: pipe to write to; life: pipe that ends with the supervisor."""
-        gevent.signal_handler(signal.SIGTERM, self._stopping.set)
     def _shares(self) -> Any:
         """What makes limits and back-off of lanes those of all nodes, where they have one database."""
         if self.services.database is None:
@@ -113,6 +110,9 @@ class Worker:
 
         return LaneShares(self.services.database, f"{self.services.node}/{self.ids.tag}", self.log, self.services.clock)
 
+    def run(self, beat: int, life: int) -> None:
+        """Serves until SIGTERM or until the supervisor is gone. beat: pipe to write to; life: pipe that ends with the supervisor."""
+        gevent.signal_handler(signal.SIGTERM, self._stopping.set)
         gevent.signal_handler(signal.SIGINT, lambda: None)
         gevent.signal_handler(signal.SIGHUP, lambda: None)
         gevent.signal_handler(signal.SIGUSR1, self.log.reopen)
@@ -240,17 +240,12 @@ class Worker:
             self.limits.close(ip, admitted)
 
     def happened(self, since: float, kinds: Sequence[str], limit: int) -> list[tuple[Event, dict[str, Any]]]:
-        """What the queue's history, of all workers, says since that time: for who may have missed it. Raises OSError, sqlite3.Error."""
-
-        def read() -> list[tuple[Event, dict[str, Any]]]:
-            admin = QueueAdmin(os.path.join(self.config.gmta.data_dir, "queue"))
-            try:
-                return admin.happened(since, kinds, limit)
-            finally:
-                admin.close()
-
-        found: list[tuple[Event, dict[str, Any]]] = self.services.batch("history").submit(read)
-        return found
+        """What the queue's history, of all workers of this machine, says since that time: for who may have missed it. Raises OSError."""
+        try:
+            return ask(self.services, os.path.join(self.config.gmta.data_dir, "queue"),
+                       lambda admin: admin.happened(since, kinds, limit, self.services.node))
+        except StoreError as error:
+            raise OSError(str(error)) from error
 
     def submit(self, sender: Address, recipients: Sequence[Address], octets: bytes) -> None:
         """Hands in a message that a plugin made (CRLF line ends), as a local program does; returns when it is safe. Raises OSError."""

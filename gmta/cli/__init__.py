@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType({
     "route": "gmta.cli.check",
     "queue": "gmta.cli.queue",
     "trace": "gmta.cli.queue",
+    "node": "gmta.cli.node",
     "auth": "gmta.cli.auth",
     "dmarc": "gmta.cli.auth",
     "dkim": "gmta.cli.dkim",
@@ -56,13 +57,14 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; a bad configuration ends with status 78, a queue that can't be read with 1."""
         from gmta.config import EX_CONFIG, ConfigError
+        from gmta.queue.store import StoreError
 
         try:
             return super().invoke(ctx)
         except ConfigError as error:
             click.echo("\n".join(error.errors), err=True)
             ctx.exit(EX_CONFIG)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, StoreError) as error:
             click.echo(f"the queue can't be read or changed: {error}", err=True)
             ctx.exit(1)
         except PermissionError as error:

@@ -6,6 +6,7 @@ All three make the plugins as a worker would, so what stops a start stops them t
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -74,7 +75,9 @@ def _open(key: str, value: Any) -> Any:
     """A setting's value; a secret's stays hidden."""
     if value and ("password" in key or "secret" in key or key == "authorization") and not key.endswith("_file"):
         return HIDDEN
-    if key == "address" and isinstance(value, list):
+    if isinstance(value, str) and "://" in value:  # a password may be part of a URL
+        return re.sub(r"(://[^/@:]*:)[^/@]*(?=@)|([?&]password=)[^&]*", rf"\1\2{HIDDEN}", value)
+    if key == "address" and isinstance(value, list) and value:
         return [host_port_text(*one) for one in value] if value and isinstance(value[0], list) else host_port_text(*value)
     return sorted(value) if isinstance(value, set | frozenset) else value
 

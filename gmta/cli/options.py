@@ -5,7 +5,6 @@ Everything here raises ConfigError where the configuration is bad; the group tur
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import click
@@ -13,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from gmta.config import Config
     from gmta.plugins import PluginManager
-    from gmta.queue.admin import QueueAdmin
+    from gmta.queue.admin import Admin
 
 config_option = click.option("-c", "--config", "path", metavar="FILE", help="configuration; default $GMTA_CONFIG, ./config.ini, /etc/gmta/config.ini")
 json_option = click.option("--json", "as_json", is_flag=True, help="print JSON")
@@ -31,8 +30,8 @@ def plugin_manager(config: Config) -> PluginManager:
     return PluginManager(config, Services(config, log, metrics, resolver=Resolver.configured(config)), log, metrics)
 
 
-def queue_admin(data_dir: str) -> QueueAdmin:
-    """The operator's side of the queue in that data directory."""
-    from gmta.queue.admin import QueueAdmin
+def queue_admin(config: Config) -> Admin:
+    """The operator's side of the queue of a configuration; raises StoreError, sqlite3.Error, PermissionError."""
+    from gmta.queue.admin import open_queue
 
-    return QueueAdmin(os.path.join(data_dir, "queue"))
+    return open_queue(config.queue.store, config.gmta.data_dir)

@@ -28,7 +28,7 @@ TABLE_MESSAGES = 500  # a longer list is no table: its columns could only be lai
 @json_option
 def trace(queue_id: str, path: str | None, as_json: bool) -> None:
     """A message's history, from connection to last outcome."""
-    events = queue_admin(load(path).gmta.data_dir).trace(queue_id)
+    events = queue_admin(load(path)).trace(queue_id)
     if as_json:
         print_json([{"id": event.queue_id, "at": event.at, "kind": event.kind, "data": event.data} for event in events])
     elif not events:
@@ -63,8 +63,8 @@ def queue() -> None:
 @json_option
 def list_(ids: tuple[str, ...], domain: str | None, sender: str | None, path: str | None, as_json: bool) -> None:
     """What is queued, and why."""
-    data_dir = load(path).gmta.data_dir
-    rows = queue_admin(data_dir).list(ids, domain=domain, sender=sender, all=True)
+    config = load(path)
+    rows = queue_admin(config).list(ids, domain=domain, sender=sender, all=True)
     if as_json:
         output.print_json_list(rows)
         return
@@ -83,7 +83,7 @@ def list_(ids: tuple[str, ...], domain: str | None, sender: str | None, path: st
         for recipient in row["recipients"]:
             click.echo(f"    {clean(recipient['address'])} {_state(recipient)}")
     count, octets = totals
-    dropped = waiting(data_dir)
+    dropped = waiting(config.gmta.data_dir)
     if dropped:
         click.echo(f"-- {dropped} more in the maildrop, for the server to pick up")
     click.echo(f"-- {size_text(octets)} in {count} message{'' if count == 1 else 's'}" if count else "The queue is empty")
@@ -118,6 +118,8 @@ def _state(recipient: dict[str, Any]) -> str:
         parts.append(f"next={time_text(at) if (at := recipient['next_attempt_at']) else 'now'}")  # 0: an operator made it due
     if recipient["transport"]:
         parts.append(f"via={recipient['transport']}" + (f":{recipient['next_hop']}" if recipient["next_hop"] else ""))
+    if recipient.get("node"):
+        parts.append(f"on={recipient['node']}")
     if recipient["last_reply"]:
         parts.append(f"({recipient['last_reply']})")
     return clean(" ".join(parts))
@@ -129,7 +131,7 @@ def _state(recipient: dict[str, Any]) -> str:
 @json_option
 def show(queue_id: str, path: str | None, as_json: bool) -> None:
     """One message's envelope."""
-    row = queue_admin(load(path).gmta.data_dir).show(queue_id)
+    row = queue_admin(load(path)).show(queue_id)
     if row is None:
         _not_queued(queue_id)
     if as_json:
@@ -150,7 +152,7 @@ def show(queue_id: str, path: str | None, as_json: bool) -> None:
 @config_option
 def cat(queue_id: str, path: str | None) -> None:
     """The octets of a queued message."""
-    pieces = queue_admin(load(path).gmta.data_dir).cat(queue_id)
+    pieces = queue_admin(load(path)).cat(queue_id)
     if pieces is None:
         _not_queued(queue_id)
     out = sys.stdout.buffer
@@ -171,8 +173,8 @@ def _not_queued(queue_id: str) -> NoReturn:
 @json_option
 def stats(path: str | None, as_json: bool) -> None:
     """Counts: messages, octets, recipients by state and by lane, what waits in the maildrop; attempts in flight with their age."""
-    data_dir = load(path).gmta.data_dir
-    counts = queue_admin(data_dir).stats() | {"maildrop": waiting(data_dir)}
+    config = load(path)
+    counts = queue_admin(config).stats() | {"maildrop": waiting(config.gmta.data_dir)}
     if as_json:
         print_json(counts)
         return
@@ -187,10 +189,12 @@ def stats(path: str | None, as_json: bool) -> None:
     lanes = sorted(counts["lanes"].items(), key=lambda pair: (-pair[1], pair[0]))
     rows += [(f"lane {clean(lane) or '(not tried yet)'}", f"{count} waiting") for lane, count in lanes]
     rows += [(f"closed {clean(lane['lane'])}", f"until {time_text(lane['until'])} ({clean(lane['reason'])})") for lane in counts["closed"]]
+    rows += [(f"node {clean(name)}", f"{node['workers']} worker{'' if node['workers'] == 1 else 's'}, {node['under_way']} in flight"
+              f"{', draining' if node['draining'] else ''}") for name, node in counts.get("nodes", {}).items()]
     if counts["under_way"]:
         rows.append(("in flight", str(counts["under_way"])))
     rows += [(f"attempt {attempt['id']}", f"for {output.age_text(now - attempt['since'])} to {clean(', '.join(attempt['to']))} via "
-              f"{clean(attempt['transport'])}:{clean(attempt['next_hop'])}") for attempt in counts["attempts"]]
+              f"{clean(attempt['transport'])}:{clean(attempt['next_hop'])}{clean(' on ' + attempt['node']) if 'node' in attempt else ''}") for attempt in counts["attempts"]]
     if on_terminal():
         output.print_table(("What", "How many"), rows)
     else:
@@ -209,7 +213,7 @@ def _changer(name: str, summary: str) -> None:
     def change(ids: tuple[str, ...], domain: str | None, sender: str | None, everything: bool, path: str | None, as_json: bool) -> None:
         if not (ids or domain or sender is not None or everything):
             raise click.UsageError("name IDs, --domain, --sender or --all")
-        count = getattr(queue_admin(load(path).gmta.data_dir), name)(ids, domain=domain, sender=sender, all=everything)
+        count = getattr(queue_admin(load(path)), name)(ids, domain=domain, sender=sender, all=everything)
         if as_json:
             print_json({"changed": count})
         else:

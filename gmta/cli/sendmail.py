@@ -21,19 +21,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from typing import TYPE_CHECKING
 
 from gmta.cli import compose
 from gmta.cli.output import clean
-from gmta.config import EX_CONFIG, ConfigError, Domains, Gmta, Limits, Section, _Text, find, validate
+from gmta.config import EX_CONFIG, ConfigError, Domains, Gmta, Limits, Queue, Section, _Text, find, validate
 from gmta.mail import reply as replies
 from gmta.mail.address import NULL, Address, AddressError, domain_key
 from gmta.mail.reply import Reply
 from gmta.queue import maildrop
 from gmta.queue.ids import IdSource
 from gmta.queue.maildrop import Drop
+from gmta.queue.store import StoreError
 from gmta.services.files import NO_ROOM
 from gmta.smtp import events
 from gmta.smtp.server import Bounds, Extensions, ServerProtocol
+
+if TYPE_CHECKING:
+    from gmta.queue.admin import Admin
 
 EX_USAGE = 64
 EX_DATAERR = 65
@@ -153,9 +158,17 @@ class Site:
         self.limits = validate(Limits, limits, base=base, look=False)
         local = validate(Domains, domains, base=base, look=False).local
         self.data_dir = gmta.data_dir
+        self._queue = text.sections.get("queue") or Section("queue", self.path)
         self.hostname = gmta.hostname
         first = domains.get("local", "").replace(",", " ").split()
         self.origin = self.hostname if self.hostname in local or not first else domain_key(first[0])
+
+
+    def queue(self) -> Admin:
+        """The queue; raises ConfigError (where this account may not know of it, too), StoreError, sqlite3.Error, PermissionError."""
+        from gmta.queue.admin import open_queue
+
+        return open_queue(validate(Queue, self._queue, look=False).store, self.data_dir)
 
 
 # --- a message ---------------------------------------------------------------------------------------------------
@@ -386,10 +399,8 @@ class Conversation:
 
 def list_queue(options: Options, site: Site) -> None:
     """The queue in the form that scripts know from mailq (-bp)."""
-    from gmta.queue.admin import QueueAdmin
-
     count = octets = 0
-    for row in QueueAdmin(os.path.join(site.data_dir, "queue")).list():
+    for row in site.queue().list():
         if not count:
             print(f"{'-Queue ID-':<17} {'--Size--':>8} ----Arrival Time---- -Sender/Recipient-------")
         at = time.strftime("%a %b %d %H:%M:%S", time.localtime(row["received_at"]))
@@ -410,10 +421,8 @@ def list_queue(options: Options, site: Site) -> None:
 
 def retry_queue(options: Options, site: Site) -> None:
     """Makes what waits due now (-q; -qI ID, -qR DOMAIN and -qS SENDER choose); an interval changes nothing."""
-    from gmta.queue.admin import QueueAdmin
-
     flush = options.flush or ""
-    admin = QueueAdmin(os.path.join(site.data_dir, "queue"))
+    admin = site.queue()
     kind, what = flush[:1], flush[1:]
     if not flush:
         admin.retry(all=True)
@@ -456,7 +465,7 @@ def run(program: str, arguments: list[str]) -> int:
     except ConfigError as error:
         print("\n".join(error.errors), file=sys.stderr)
         return EX_CONFIG
-    except sqlite3.Error as error:
+    except (sqlite3.Error, StoreError) as error:
         print(f"{program}: the queue can't be read or changed: {error}", file=sys.stderr)
         return EX_TEMPFAIL
     except PermissionError as error:

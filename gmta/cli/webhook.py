@@ -102,7 +102,7 @@ def _deliveries(config: Config, queue_id: str, name: str | None) -> Iterator[tup
     """(transport, delivery) of a queued message; ends the command where there is none."""
     from gmta.hookspecs import Delivery
 
-    loaded = queue_admin(config.gmta.data_dir).load(queue_id)
+    loaded = queue_admin(config).load(queue_id)
     if loaded is None:
         click.echo(f"{clean(queue_id)} is not in the queue", err=True)
         sys.exit(1)

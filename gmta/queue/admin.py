@@ -14,13 +14,20 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from gmta.mail.address import domain_key
 from gmta.mail.envelope import Envelope
 from gmta.mail.message import Message
 from gmta.queue import schema
-from gmta.queue.store import Event
+from gmta.queue.store import Event, StoreError
+
+if TYPE_CHECKING:
+    from gmta.queue.pgadmin import PostgresAdmin
+    from gmta.services import Services
+
+Admin: TypeAlias = "QueueAdmin | PostgresAdmin"
+Answer = TypeVar("Answer")
 
 GIVEN_UP = "550 5.0.0 The postmaster has given this message up"
 SLICE = 2000  # messages changed in one transaction
@@ -150,8 +157,8 @@ class QueueAdmin:
                        connection.execute("SELECT at, kind, data FROM event WHERE message = ? ORDER BY n", (id,))),
                       key=lambda event: event.at)
 
-    def happened(self, since: float, kinds: Iterable[str], limit: int) -> builtins.list[tuple[Event, dict[str, Any]]]:
-        """What became of messages from that time on, oldest first, each with what was noted when its message came. Looks through the
+    def happened(self, since: float, kinds: Iterable[str], limit: int, node: str = "") -> builtins.list[tuple[Event, dict[str, Any]]]:
+        """What became of messages from that time on, on the node of that name (there is none but this), oldest first, each with what was noted when its message came. Looks through the
         whole history."""
         wanted = json.dumps(builtins.list(kinds))
         found: builtins.list[tuple[Event, dict[str, Any]]] = []
@@ -229,3 +236,37 @@ class QueueAdmin:
                 except OSError:
                     pass  # swept at the worker's next start
         return len(found)
+
+
+def open_queue(store: str, data_dir: str) -> Admin:
+    """The queue of a configuration ([queue] store), for a command; raises StoreError, or as QueueAdmin."""
+    if store == "sqlite":
+        return QueueAdmin(os.path.join(data_dir, "queue"))
+    from gmta.queue.pgadmin import open_database
+
+    return open_database(store)
+
+
+def ask(services: Services, directory: str, question: Callable[[Admin], Answer]) -> Answer:
+    """What the queue has to say to a worker, without stalling its loop; raises StoreError. directory: of the queue, where it is in files."""
+    if services.database is not None:
+        from gmta.queue.pgadmin import PostgresAdmin
+
+        return question(PostgresAdmin(services.database))
+    import gevent
+
+    def run() -> tuple[Any, Exception | None]:
+        try:
+            admin = QueueAdmin(directory)
+            try:
+                return question(admin), None
+            finally:
+                admin.close()
+        except (OSError, sqlite3.Error) as error:  # raised below: the pool would print it
+            return None, error
+
+    answer: Answer
+    answer, error = gevent.get_hub().threadpool.apply(run)
+    if error is not None:
+        raise StoreError(str(error)) from error
+    return answer

@@ -50,7 +50,7 @@ from gmta.services.postgres import (
     is_lost,
 )
 
-LINGER_S = 0.004  # a transaction waits so long for company
+LINGER_S = 0.001  # a transaction waits so long for company
 PUT_S = 100.0  # a client is told that it must come again when it is not known after so long what became of its message
 RESOLVE_S = 5.0
 ROOM_FOR_S = 0.5
@@ -644,8 +644,9 @@ class PostgresStore:
     def _register(self, connection: Connection) -> None:
         """A lease of our own."""
         began = time.monotonic()
-        row = connection.execute("INSERT INTO worker (node, home, tag, pid, lease_until) VALUES (%s, %s, %s, %s, clock_timestamp() + "
-                                 "make_interval(secs => %s)) RETURNING id", (self._node, self._home, self._tag, os.getpid(), self._lease_s)).fetchone()
+        row = connection.execute("WITH known AS (INSERT INTO node (name) VALUES (%s) ON CONFLICT DO NOTHING) INSERT INTO worker (node, home, tag, pid, "
+                                 "lease_until) VALUES (%s, %s, %s, %s, clock_timestamp() + "
+                                 "make_interval(secs => %s)) RETURNING id", (self._node, self._node, self._home, self._tag, os.getpid(), self._lease_s)).fetchone()
         self._id = int(row[0]) if row is not None else 0
         self._sure_until = began + self._lease_s
 
@@ -811,7 +812,7 @@ class PostgresStore:
         rows = []
         for event in events:
             self._event_number = max(self._event_number + 1, int(event.at * 1e6))
-            rows.append((event.queue_id, self._event_number, event.at, event.kind, _json(event.data)))
+            rows.append((event.queue_id, self._event_number, event.at, event.kind, _json({**event.data, "node": self._node})))
         return rows
 
     def _settle(self, settlement: Settlement, updates: list[tuple[Any, ...]], doomed: list[str], pieces: list[str], doubtful: list[str],

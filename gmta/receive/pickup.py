@@ -31,7 +31,7 @@ from gmta.mail.message import FileBody, Message, split_header
 from gmta.mail.reply import Reply
 from gmta.mail.session import Session
 from gmta.queue import maildrop
-from gmta.queue.admin import QueueAdmin
+from gmta.queue.admin import ask
 from gmta.queue.maildrop import BadDrop, Drop, Opened
 from gmta.queue.store import Event
 from gmta.receive.pipeline import Pipeline, Reception
@@ -229,7 +229,7 @@ class Pickup:
     def _take(self, claim: Claim, found: str) -> None:
         """Receives one file, and sees to it whatever comes of that. found: the name it is busy under."""
         try:
-            if claim.tries or os.path.dirname(found) != self._taken or not _in_thread(lambda: self._is_done(os.path.basename(found))):
+            if claim.tries or os.path.dirname(found) != self._taken or not self._is_done(os.path.basename(found)):
                 self._receive(claim)
             os.unlink(claim.path)
         except FileNotFoundError:
@@ -245,12 +245,8 @@ class Pickup:
             self._busy.discard(found)
 
     def _is_done(self, queue_id: str) -> bool:
-        """Whether a message was queued under the id of a claim (blocks)."""
-        admin = QueueAdmin(self._queue)
-        try:
-            return bool(admin.trace(queue_id))
-        finally:
-            admin.close()
+        """Whether a message was queued under the id of a claim; raises StoreError."""
+        return bool(ask(self._pipeline.services, self._queue, lambda admin: admin.trace(queue_id)))
 
     def _receive(self, claim: Claim) -> None:
         """Queues a file's message, and what is refused of it; raises BadDrop, Deferred, StoreError, OSError."""

@@ -8,7 +8,6 @@ a refused message's spool file is removed.
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,7 +22,7 @@ from gmta.mail.session import Recipient, Session, Transaction
 from gmta.mail.trace import authentication_results, drop_forged, received
 from gmta.mail.verdict import Kind, Verdict, verdict_reply
 from gmta.plugins import PluginFailure
-from gmta.queue.admin import QueueAdmin
+from gmta.queue.admin import ask
 from gmta.queue.store import Event, Store, StoreError, StoreFull
 from gmta.receive.authentication import Authentication, Mechanisms
 from gmta.receive.limits import within
@@ -242,10 +241,13 @@ class Reception:
                    if domain == key or (name.startswith("@") and domain.endswith("." + key))]  # RFC 1985 section 5.3: @ asks for subdomains too
         if not domains:
             return self._tell("etrn", replies.ETRN_DENIED)
-        error, count = gevent.get_hub().threadpool.apply(_retry, (os.path.join(pipeline.config.gmta.data_dir, "queue"), domains))
-        pipeline.services.log.info("etrn", session=self.session.id, domain=key, messages=count, error=error)
-        if error is not None:
+        try:
+            count = ask(pipeline.services, os.path.join(pipeline.config.gmta.data_dir, "queue"),
+                        lambda admin: sum(admin.retry(domain=domain) for domain in domains))
+        except StoreError as error:
+            pipeline.services.log.info("etrn", session=self.session.id, domain=key, error=str(error))
             return replies.ETRN_FAILED
+        pipeline.services.log.info("etrn", session=self.session.id, domain=key, messages=count)
         if not count:
             return Reply(251, "2.0.0", f"No messages are waiting for {key}")
         return Reply(253, "2.0.0", f"{count} messages for {key} are due now")
@@ -456,18 +458,6 @@ def _trouble(error: Exception) -> Reply:
     """The answer where the store or the spool fails: no room, or a fault of ours."""
     full = isinstance(error, StoreFull) or getattr(error, "errno", 0) in NO_ROOM
     return replies.STORE_FULL if full else replies.LOCAL_ERROR
-
-
-def _retry(directory: str, domains: list[str]) -> tuple[str | None, int]:
-    """Runs in a native thread: makes what waits for the domains due; (what went wrong, messages)."""
-    try:
-        queue = QueueAdmin(directory)
-        try:
-            return None, sum(queue.retry(domain=domain) for domain in domains)
-        finally:
-            queue.close()
-    except (sqlite3.Error, OSError) as error:
-        return str(error), 0
 
 
 def _write(descriptor: int, pieces: list[bytes]) -> OSError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,10 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from click.testing import CliRunner, Result
 
-from gmta.cli import COMMANDS, main
+from gmta.cli import COMMANDS, main, sendmail
 from gmta.cli.output import age_text, clean, size_text, time_text, value_text
 from gmta.cli.queue import queue
 from gmta.mail.address import Address
@@ -23,8 +25,9 @@ from gmta.queue import schema
 from gmta.queue.ids import IdSource
 from gmta.queue.maildrop import prepare
 from gmta.queue.sqlite import SqliteStore
-from gmta.queue.store import Event
+from gmta.queue.store import Event, Store, StoreError
 from gmta.services.log import NullLog
+from gmta.services.postgres import Database
 
 START = 1_700_000_000.0
 CONFIG = """
@@ -67,7 +70,7 @@ class Site:
         self.ids = IdSource(lambda: START, "AAAAA")
 
     def put(self, *recipients: RecipientState, sender: str = "alice@sender.test", octets: bytes = b"Subject: x\r\n\r\nbody\r\n",
-            store: SqliteStore | None = None) -> str:
+            store: Store | None = None) -> str:
         """Queues a message; its id."""
         own = store or self.store()
         queue_id = self.ids.new()
@@ -78,7 +81,7 @@ class Site:
             own.close()
         return queue_id
 
-    def store(self) -> SqliteStore:
+    def store(self) -> Store:
         return SqliteStore(str(self.directory / "var/queue"), instance_tag="AAAAA", log=NullLog(), clock=lambda: START)
 
     def run(self, *arguments: str, status: int = 0) -> Result:
@@ -90,9 +93,54 @@ class Site:
         return json.loads(self.run(*arguments, "--json", status=status).stdout)
 
 
+class Cluster(Site):
+    """The same with its queue on PostgreSQL, which shows where things are, too: `json` leaves that away."""
+
+    def __init__(self, directory: Path, url: str) -> None:
+        super().__init__(directory)
+        self.url = url
+        self.use(url)
+        store = self.store()
+        store.next_due_at()  # with a database come its tables
+        store.close()
+
+    def use(self, url: str) -> None:
+        self.config.write_text(f"{CONFIG}[queue]\nstore = {url}\n")
+
+    def store(self, node: str = "one") -> Store:
+        from gmta.queue.postgres import PostgresStore
+
+        database = Database(self.url, name=f"test/{next(_NUMBERS)}", log=NullLog())
+        return PostgresStore(database, str(self.directory / "var/queue"), node=node, log=NullLog(), clock=lambda: START)
+
+    def json(self, *arguments: str, status: int = 0) -> Any:
+        return _without_nodes(super().json(*arguments, status=status))
+
+
+_NUMBERS = itertools.count()
+
+
+def _without_nodes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nodes(one) for key, one in value.items() if key not in ("node", "nodes")}
+    return [_without_nodes(one) for one in value] if isinstance(value, list) else value
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     return Site(tmp_path)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, database_url: str) -> Cluster:
+    return Cluster(tmp_path, database_url)
+
+
+@pytest.fixture(params=["site", "cluster"])
+def queued(request: pytest.FixtureRequest) -> Site:
+    """A queue of either kind."""
+    found: Site = request.getfixturevalue(request.param)
+    return found
 
 
 def to(address: str, number: int = 0, **state: Any) -> RecipientState:
@@ -102,11 +150,11 @@ def to(address: str, number: int = 0, **state: Any) -> RecipientState:
 # --- the queue --------------------------------------------------------------------------------------------------
 
 
-def test_list_has_a_line_for_each_fact_and_one_of_sums(site: Site) -> None:
-    first = site.put(to("bob@one.test", attempts=3, transport="outbound", next_hop="one.test", last_reply="451 4.7.1 try \x1b[2Jlater"),
+def test_list_has_a_line_for_each_fact_and_one_of_sums(queued: Site) -> None:
+    first = queued.put(to("bob@one.test", attempts=3, transport="outbound", next_hop="one.test", last_reply="451 4.7.1 try \x1b[2Jlater"),
                      to("eve@two.test", 1, status=HELD))
-    second = site.put(to("bob@one.test"), sender="")
-    lines = site.run("queue", "list").stdout.splitlines()
+    second = queued.put(to("bob@one.test"), sender="")
+    lines = queued.run("queue", "list").stdout.splitlines()
     assert lines == [
         f"{first}        {20} {time_text(START)} <alice@sender.test> (held)",
         f"    bob@one.test queued attempts=3 next={time_text(START)} via=outbound:one.test (451 4.7.1 try \\x1b[2Jlater)",
@@ -114,20 +162,20 @@ def test_list_has_a_line_for_each_fact_and_one_of_sums(site: Site) -> None:
         f"{second}        {20} {time_text(START)} <>",
         "    bob@one.test queued",
         "-- 40 B in 2 messages"]
-    assert [row["id"] for row in site.json("queue", "list")] == [first, second]
-    (row,) = site.json("queue", "list", "--sender", "<>")
+    assert [row["id"] for row in queued.json("queue", "list")] == [first, second]
+    (row,) = queued.json("queue", "list", "--sender", "<>")
     assert row == {"id": second, "sender": "", "size": 20, "received_at": START, "held": False, "recipients": [
         {"address": "bob@one.test", "status": "queued", "attempts": 0, "next_attempt_at": START, "transport": "", "next_hop": "",
          "last_reply": ""}]}
 
 
-def test_an_empty_queue(site: Site) -> None:
-    assert site.run("queue", "list").stdout == "The queue is empty\n"
-    assert site.json("queue", "list") == []
-    assert site.json("queue", "stats") == {"messages": 0, "octets": 0, "oldest": None, "recipients": {}, "lanes": {}, "maildrop": 0, "under_way": 0, "attempts": [], "closed": []}
-    assert site.json("queue", "delete", "--all") == {"changed": 0}
-    site.run("queue", "delete", "0123456789ABCDEF", status=1)
-    site.run("queue", "delete", status=2)
+def test_an_empty_queue(queued: Site) -> None:
+    assert queued.run("queue", "list").stdout == "The queue is empty\n"
+    assert queued.json("queue", "list") == []
+    assert queued.json("queue", "stats") == {"messages": 0, "octets": 0, "oldest": None, "recipients": {}, "lanes": {}, "maildrop": 0, "under_way": 0, "attempts": [], "closed": []}
+    assert queued.json("queue", "delete", "--all") == {"changed": 0}
+    queued.run("queue", "delete", "0123456789ABCDEF", status=1)
+    queued.run("queue", "delete", status=2)
 
 
 def test_stats_show_what_living_workers_have_under_way(site: Site) -> None:
@@ -175,55 +223,56 @@ def test_messages_of_all_shards_are_listed_by_age(site: Site) -> None:
 
 
 @pytest.mark.parametrize("domain", ["bücher.example", "BÜCHER.example", "xn--bcher-kva.example", "xn--bcher-kva.example."])
-def test_a_domain_is_found_in_either_spelling(site: Site, domain: str) -> None:
+def test_a_domain_is_found_in_either_spelling(queued: Site, domain: str) -> None:
     if domain.startswith("BÜ"):
         domain = domain.replace("BÜCHER", "bücher").upper().replace("Ü", "ü")
-    site.put(to("x@xn--bcher-kva.example"))
-    site.put(to("x@notbücher.example"))
-    assert len(site.json("queue", "list", "--domain", domain)) == 1
+    queued.put(to("x@xn--bcher-kva.example"))
+    queued.put(to("x@notbücher.example"))
+    assert len(queued.json("queue", "list", "--domain", domain)) == 1
 
 
-def test_show_cat_and_stats(site: Site) -> None:
-    queue_id = site.put(to("bob@one.test", transport="outbound", next_hop="one.test"))
-    text = site.run("queue", "show", queue_id).stdout
+def test_show_cat_and_stats(queued: Site) -> None:
+    queue_id = queued.put(to("bob@one.test", transport="outbound", next_hop="one.test"))
+    text = queued.run("queue", "show", queue_id).stdout
     assert f"id: {queue_id}\nsender: <alice@sender.test>\nsize: 20\n" in text
     assert "ip: 192.0.2.7\n" in text and "recipient: bob@one.test queued via=outbound:one.test\n" in text
-    shown = site.json("queue", "show", queue_id)
+    shown = queued.json("queue", "show", queue_id)
     assert shown["facts"] == {"ip": "192.0.2.7"} and shown["recipients"][0]["address"] == "bob@one.test"
-    assert site.run("queue", "cat", queue_id).stdout_bytes == b"Subject: x\r\n\r\nbody\r\n"
+    assert queued.run("queue", "cat", queue_id).stdout_bytes == b"Subject: x\r\n\r\nbody\r\n"
     for command in ("show", "cat"):
-        assert "is not queued" in site.run("queue", command, "0123456789ABCDEF", status=1).stderr
-    counts = site.json("queue", "stats")
+        assert "is not queued" in queued.run("queue", command, "0123456789ABCDEF", status=1).stderr
+    counts = queued.json("queue", "stats")
     assert counts == {"messages": 1, "octets": 20, "oldest": START, "recipients": {"queued": 1}, "lanes": {"outbound:one.test": 1}, "maildrop": 0,
                       "under_way": 0, "attempts": [], "closed": []}
-    said = site.run("queue", "stats").stdout
+    said = queued.run("queue", "stats").stdout
     assert "messages: 1\nsize: 20 B\n" in said and "queued: 1 recipient\nlane outbound:one.test: 1 waiting\n" in said
 
 
-def test_changers_count_what_they_changed(site: Site) -> None:
-    first, second = site.put(to("a@one.test")), site.put(to("b@two.test"))
-    assert site.json("queue", "hold", first) == {"changed": 1}
-    assert site.json("queue", "hold", "--all") == {"changed": 1}
-    assert site.json("queue", "release", "--domain", "two.test") == {"changed": 1}
-    assert site.run("queue", "retry", first, status=1).stdout == "0 changed\n"  # it is held
-    assert site.run("queue", "retry", second).stdout == "1 changed\n"
-    assert site.json("queue", "bounce", "--sender", "Alice@Sender.test") == {"changed": 2}
-    (row, _) = site.json("queue", "list")
+def test_changers_count_what_they_changed(queued: Site) -> None:
+    first, second = queued.put(to("a@one.test")), queued.put(to("b@two.test"))
+    assert queued.json("queue", "hold", first) == {"changed": 1}
+    assert queued.json("queue", "hold", "--all") == {"changed": 1}
+    assert queued.json("queue", "release", "--domain", "two.test") == {"changed": 1}
+    assert queued.run("queue", "retry", first, status=1).stdout == "0 changed\n"  # it is held
+    assert queued.run("queue", "retry", second).stdout == "1 changed\n"
+    assert queued.json("queue", "bounce", "--sender", "Alice@Sender.test") == {"changed": 2}
+    (row, _) = queued.json("queue", "list")
     assert row["recipients"][0] | {"next_attempt_at": 0} == {
         "address": "a@one.test", "status": "queued", "attempts": 0, "next_attempt_at": 0, "transport": "fail", "next_hop": "", "last_reply": ""}
-    assert site.json("queue", "delete", first, second) == {"changed": 2}
-    assert site.json("queue", "list") == []
-    assert [event["kind"] for event in site.json("trace", first)] == ["received", "held", "bounced", "deleted"]
+    assert queued.json("queue", "delete", first, second) == {"changed": 2}
+    assert queued.json("queue", "list") == []
+    assert [event["kind"] for event in queued.json("trace", first)] == ["received", "held", "bounced", "deleted"]
 
 
-def test_a_long_queue_is_changed_in_slices(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_queue_is_changed_in_slices(queued: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gmta.queue.admin.SLICE", 3)
-    store = site.store()
+    monkeypatch.setattr("gmta.queue.pgadmin.SLICE", 3)
+    store = queued.store()
     for number in range(8):
-        site.put(to(f"u{number}@one.test"), store=store)
+        queued.put(to(f"u{number}@one.test"), store=store)
     store.close()
-    assert site.json("queue", "hold", "--all") == {"changed": 8}
-    assert all(row["held"] for row in site.json("queue", "list"))
+    assert queued.json("queue", "hold", "--all") == {"changed": 8}
+    assert all(row["held"] for row in queued.json("queue", "list"))
 
 
 def test_a_broken_shard_is_said_in_one_line(site: Site) -> None:
@@ -233,13 +282,110 @@ def test_a_broken_shard_is_said_in_one_line(site: Site) -> None:
     assert result.stderr == "the queue can't be read or changed: file is not a database\n"
 
 
-def test_trace(site: Site) -> None:
-    queue_id = site.put(to("a@one.test"), sender="")
-    line = site.run("trace", queue_id).stdout
+def test_trace(queued: Site) -> None:
+    queue_id = queued.put(to("a@one.test"), sender="")
+    line = queued.run("trace", queue_id).stdout.replace(" node=one", "")
     assert line == f'{time_text(START, "milliseconds")} received ip=192.0.2.7 sender=""\n'
-    assert site.json("trace", queue_id) == [{"id": queue_id, "at": START, "kind": "received", "data": {"ip": "192.0.2.7", "sender": ""}}]
-    assert site.json("trace", "0123456789ABCDEF", status=1) == []
-    assert "no history" in site.run("trace", "0123456789ABCDEF", status=1).stderr
+    assert queued.json("trace", queue_id) == [{"id": queue_id, "at": START, "kind": "received", "data": {"ip": "192.0.2.7", "sender": ""}}]
+    assert queued.json("trace", "0123456789ABCDEF", status=1) == []
+    assert "no history" in queued.run("trace", "0123456789ABCDEF", status=1).stderr
+
+
+# --- the cluster ------------------------------------------------------------------------------------------------
+
+
+def test_a_command_shows_where_a_message_is(cluster: Cluster) -> None:
+    store = cluster.store("two")
+    claimed, waiting = cluster.put(to("a@one.test"), store=store), cluster.put(to("b@one.test"))
+    store.publish({"under_way": 1, "attempts": [{"id": claimed, "to": ["a@one.test"], "transport": "outbound", "next_hop": "one.test", "since": START}],
+                   "closed": [{"lane": "outbound:dead.test", "until": START, "reason": "x"}]})
+    store.changed_outside()  # after what was published
+    found = json.loads(cluster.run("queue", "list", "--json").stdout)
+    assert [(row["id"], row["recipients"][0]["node"]) for row in found] == [(claimed, "two"), (waiting, "")]
+    assert "a@one.test queued on=two\n" in cluster.run("queue", "list").stdout
+    stats = json.loads(cluster.run("queue", "stats", "--json").stdout)
+    assert stats["nodes"] == {"two": {"workers": 1, "under_way": 1, "draining": False}} and stats["attempts"][0]["node"] == "two"
+    said = cluster.run("queue", "stats").stdout
+    assert "node two: 1 worker, 1 in flight\n" in said and "via outbound:one.test on two\n" in said
+    assert "node=two" in cluster.run("trace", claimed).stdout and "node=one" in cluster.run("trace", waiting).stdout
+    store.close()
+
+
+def test_mailq_shows_the_whole_cluster(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = [cluster.put(to("a@one.test")), cluster.put(to("b@one.test"), store=(store := cluster.store("two")))]
+    store.close()
+    assert sendmail.run("mailq", ["-C", str(cluster.config)]) == 0
+    said = capsys.readouterr().out
+    assert all(queue_id in said for queue_id in ids) and "in 2 Requests" in said
+    assert sendmail.run("sendmail", ["-C", str(cluster.config), "-q"]) == 0
+    assert all(row["recipients"][0]["next_attempt_at"] == 0 for row in cluster.json("queue", "list"))
+    cluster.use("postgresql://gmta@127.0.0.1:1/mail")
+    assert sendmail.run("mailq", ["-C", str(cluster.config)]) == 75
+    assert "mailq: the queue can't be read or changed: " in capsys.readouterr().err
+
+
+def test_a_large_message_is_read_whatever_its_size(cluster: Cluster) -> None:
+    octets = b"Subject: x\r\n\r\n" + os.urandom(300_000).hex().encode()
+    queue_id = cluster.put(to("a@one.test"), octets=octets)
+    assert cluster.run("queue", "cat", queue_id).stdout_bytes == octets
+    assert cluster.run("queue", "delete", queue_id).stdout == "1 changed\n"
+    with psycopg.connect(cluster.url) as connection:
+        assert connection.execute("SELECT count(*) FROM chunk").fetchone() == (0,)
+
+
+def test_a_change_is_heard_of_by_every_node(cluster: Cluster) -> None:
+    one, two = cluster.store("one"), cluster.store("two")
+    queue_id = cluster.put(to("a@one.test"), store=one)
+    one.changed_outside(), two.changed_outside()
+    assert cluster.run("queue", "retry", queue_id).stdout == "1 changed\n"
+    assert one.changed_outside() and two.changed_outside() and not two.changed_outside()
+    one.close()
+    two.close()
+
+
+def test_nodes_are_listed_drained_and_forgotten(cluster: Cluster) -> None:
+    store = cluster.store("two")
+    cluster.put(to("a@one.test"), store=store)
+    rows = {row["node"]: row for row in json.loads(cluster.run("node", "list", "--json").stdout)}
+    assert rows["two"] | {"since": 0} == {"node": "two", "state": "up", "workers": 1, "claimed": 1, "since": 0}
+    assert rows["one"] == {"node": "one", "state": "down", "workers": 0, "claimed": 0, "since": None}
+    assert cluster.run("node", "drain", "two").stdout == "two drains\n"
+    assert cluster.run("node", "drain", "two").stdout == "two drains already\n"
+    assert cluster.run("node", "list").stdout.splitlines()[1].startswith("two draining 1 1 ")
+    store.changed_outside()
+    with pytest.raises(StoreError, match="drained"):
+        store.has_room(1000)
+    assert store.due(START + 1e6, 10) == []
+    assert cluster.run("node", "resume", "two").stdout == "two takes mail\n"
+    store.changed_outside()
+    assert store.has_room(1000)
+    assert "has workers that live" in cluster.run("node", "forget", "two", status=1).stderr
+    store.close()
+    assert cluster.run("node", "forget", "two").stdout == "two is forgotten\n"
+    said = cluster.run("node", "drain", "tow", status=1).stderr
+    assert said == "the queue can't be read or changed: there is no node 'tow': expected one of one\n"
+
+
+def test_nodes_of_files_are_none(site: Site) -> None:
+    assert "[queue] store is sqlite" in site.run("node", "list", status=1).stderr
+
+
+def test_a_database_that_cannot_be_reached_is_said_in_one_line(cluster: Cluster) -> None:
+    cluster.use("postgresql://gmta@127.0.0.1:1/mail")
+    for command in (["queue", "list"], ["queue", "stats"], ["queue", "hold", "--all"], ["trace", "X"], ["node", "list"]):
+        said = cluster.run(*command, status=1).stderr
+        assert said.startswith("the queue can't be read or changed: ") and "127.0.0.1" in said and "refused" in said and said.count("\n") == 1
+
+
+def test_a_database_without_tables_is_said_so(cluster: Cluster, postgresql: Any) -> None:
+    cluster.use(postgresql.create())
+    assert "no tables yet" in cluster.run("queue", "list", status=1).stderr
+
+
+def test_the_databases_password_is_not_shown(cluster: Cluster) -> None:
+    cluster.use("postgresql://gmta:sesame@127.0.0.1:1/mail")
+    assert "sesame" not in cluster.run("check").stdout and "sesame" not in cluster.run("check", "--json").stdout
+    assert "sesame" not in cluster.run("queue", "list", status=1).stderr
 
 
 # --- the configuration ------------------------------------------------------------------------------------------

@@ -267,7 +267,7 @@ def test_a_drained_node_claims_nothing_and_takes_nothing_in(node: Callable[..., 
     first = node("one")
     env = put(first.store)
     first.store.release(env)
-    rows(database_url, "INSERT INTO node (name, draining) VALUES ('one', true) RETURNING 1")
+    rows(database_url, "UPDATE node SET draining = true WHERE name = 'one' RETURNING 1")
     first.store.changed_outside()
     assert first.store.due(1000.0, 10) == []
     with pytest.raises(StoreError):
