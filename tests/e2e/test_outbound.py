@@ -234,10 +234,11 @@ pid_file_path = {directory}/pid
 local_interfaces = {EXIM}
 daemon_smtp_ports = {port}
 host_lookup =
+smtp_accept_queue_per_connection = 0
 tls_advertise_hosts = *
 tls_certificate = {issued[0]}
 tls_privatekey = {issued[1]}
-log_selector = +tls_cipher +received_recipients
+log_selector = +tls_cipher +received_recipients +smtp_connection
 acl_smtp_rcpt = recipients
 
 begin acl
@@ -575,11 +576,14 @@ def test_self_test_and_reports(world: World) -> None:
     assert "dnssec validation works" in world.log() and "verified:mta-sts" in world.log()
 
 
-def test_many_messages_over_few_connections(world: World) -> None:
-    before = (world.postfix.directory / "log").read_text().count(" connect from ")
+@pytest.mark.parametrize("domain", ["none.secure.example", "exim.secure.example"])
+def test_many_messages_over_few_connections(world: World, domain: str) -> None:
+    def connections() -> int:
+        return world.postfix.log().count(" connect from ") + world.exim.log().count("SMTP connection from ")
+
+    before = connections()
     for number in range(30):
-        world.send(f"many {number % 3}", "user@to-none.secure.example", lines=1 if number % 3 else 20_000)
-    until(lambda: sum(len(world.postfix.got(f"many {number}")) for number in range(3)) == 30, "30 messages")
-    assert all(message.endswith(b"\n\n" + b"..line\n" * 20_000) for message in world.postfix.got("many 0"))
-    connections = (world.postfix.directory / "log").read_text().count(" connect from ") - before
-    assert connections < 25, "connections are kept for the next message"
+        world.send(f"many {number % 3}", f"user@to-{domain}", lines=1 if number % 3 else 20_000)
+    until(lambda: sum(len(world.got(domain, f"many {number}")) for number in range(3)) == 30, "30 messages")
+    assert all(message.endswith(b"\n\n" + b"..line\n" * 20_000) for message in world.got(domain, "many 0"))
+    assert connections() - before < 25, "connections are kept for the next message"
