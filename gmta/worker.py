@@ -71,14 +71,15 @@ class Worker:
                              config.queue.lifetime)
         self.limits = ConnectionLimits(config.limits, config.domains.relay_from, config.gmta.workers)
         self._sockets = [(name, sock) for name, sock in sockets if name != ACME]
+        for _, sock in self._sockets:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts has it from here
         self._connections: set[Connection] = set()
         self._stopping = Flag()
         self._orphaned = False  # the supervisor is gone
         self._serial = 0
+        self._pid = os.getpid()
         tls = config.tls
         names = {name: (other.certificate, other.key) for name, other in config.tls_names.items()}
-        self._tls = {listener.client_ca: ServerTls(tls.certificate, tls.key or None, tls.minimum_version, names, listener.client_ca, self.log)
-                     for listener in config.listeners.values()} if tls.certificate else {}
         self._acme: Any = None
         if config.obtained:
             from gmta.services import acme
@@ -89,6 +90,8 @@ class Worker:
                 raise ConfigError([f"[acme]: a certificate can't be kept: {error.filename}: {error.strerror}"]) from error
             if number == 0:
                 self._acme = acme.Acme(config, self.services, [sock for name, sock in sockets if name == ACME])
+        self._tls = {listener.client_ca: ServerTls(tls.certificate, tls.key or None, tls.minimum_version, names, listener.client_ca, self.log)
+                     for listener in config.listeners.values()} if tls.certificate else {}
 
     def _open_store(self) -> Store:
         """The queue that [queue] store names."""
@@ -128,17 +131,17 @@ class Worker:
             gevent.spawn(self._beat, beat)
         if self.number == 0 and self.metrics.enabled:
             gevent.spawn(self._export)
-        self.plugins.on("on_worker_started", self)
-        self.log.info("worker started", worker=self.number, pid=os.getpid())
         if self._acme is not None:
             self._acme.start()
+        self.plugins.on("on_worker_started", self)
+        self.log.info("worker started", worker=self.number, pid=os.getpid())
         self._stopping.wait()
         self.plugins.on("on_worker_stopping", self)
         gevent.killall(acceptors)
-        if self._orphaned:
-            self._let_go()
         if self._acme is not None:
             self._acme.stop()
+        if self._orphaned:
+            self._let_go()
         self.pickup.stop(5.0)
         self._drain()
         self.scheduler.stop(10.0)
@@ -224,7 +227,7 @@ class Worker:
                 ip, port, local_ip, local_port = client
         admitted = self.limits.open(ip)
         self._serial += 1
-        session = Session(f"{os.getpid():x}-{self._serial:x}", role=listener.role, listener=name, peer_ip=ip, peer_port=port, local_ip=local_ip, local_port=local_port,
+        session = Session(f"{self._pid:x}-{self._serial:x}", role=listener.role, listener=name, peer_ip=ip, peer_port=port, local_ip=local_ip, local_port=local_port,
                           relay_network=self.limits.is_relay_network(ip), opened_at=self.services.clock())
         tls = self._tls.get(listener.client_ca) if listener.tls != "off" else None
         connection = Connection(accepted, session, listener, self.pipeline, tls, self.limits)
