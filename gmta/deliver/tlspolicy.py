@@ -198,7 +198,11 @@ class TlsPolicies:
         if found is not None:
             name, records = found
             # RFC 7672 section 3.2.3: the names that a certificate under a trust anchor may have
-            return TlsRule("dane", _distinct(name, target.name, policy.domain), records, name, "dane")
+            secured = TlsRule("dane", _distinct(name, target.name, policy.domain), records, name, "dane")
+            if records:
+                return secured
+            if base.level != "verify":  # RFC 7672 section 2.2: nothing that can be used asks for TLS, whatever the certificate
+                base = secured
         sts = policy.sts
         if sts is None:
             return base

@@ -204,6 +204,17 @@ def test_dane_with_no_usable_record_asks_for_tls_at_least() -> None:
     assert (found.level, found.tlsa, found.clear_allowed) == ("dane", (), False)  # RFC 7672 section 2.2
 
 
+def test_dane_with_no_usable_record_weakens_nothing() -> None:
+    zone = {TLSA_NAME: {"TLSA": (1, 1, 1, "ab" * 32), "ad": True}}
+    found = rule(zone=zone, sts=ENFORCE)
+    assert (found.level, found.source) == ("verify", "mta-sts") and not found.clear_allowed
+    with pytest.raises(Unusable, match="no mail host of"):
+        rule(zone=zone, sts=ENFORCE._replace(mx=("other.example.org",)))
+    trial = rule(zone=zone, sts=ENFORCE._replace(mode="testing"))
+    assert trial.level == "verify" and trial.otherwise is not None and trial.otherwise.level == "dane" and not trial.clear_allowed
+    assert rule(zone=zone, demands={"*": TlsDemand("verify", (), True)}).level == "verify"
+
+
 def test_dane_that_can_not_be_looked_up_closes_the_host() -> None:
     with pytest.raises(Unusable) as closed:
         rule(zone={TLSA_NAME: {"rcode": "SERVFAIL"}})
