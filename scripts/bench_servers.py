@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -75,9 +76,10 @@ class Server(ABC):
             sys.exit(f"bench: {self.name}: {error}\n{self.said()}")
 
     def said(self) -> str:
-        """The ends of its logs."""
-        files = [self.directory / "output", *self.directory.glob("log*")]
-        return "\n".join(file.read_text(errors="replace")[-2000:] for file in files if file.exists())
+        """What its logs complain of first, and their ends."""
+        texts = [file.read_text(errors="replace") for file in [self.directory / "output", *self.directory.glob("log*")] if file.exists()]
+        complaints = [line for text in texts for line in text.splitlines() if re.search(r"error|warning|panic|fatal|Traceback", line)]
+        return "\n".join([*complaints[:20], *(text[-2000:] for text in texts)])
 
     def stop(self) -> None:
         """SIGTERM, and to the end."""
