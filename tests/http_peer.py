@@ -25,6 +25,7 @@ class Step:
     """What it does with a request: answer `status` with `headers` and `body`; or send `raw` and close; or hang until the peer leaves.
 
     cut: announces so many octets more than it sends, then closes.  unasked: closes the connection after the answer without a word.
+    half: ends its side without a word, and reads on.  trickle: sends `raw` an octet at a time.
     endless: repeats `body` until the peer leaves.  only: the webhook-id that it is for, others get 200.
     """
 
@@ -35,6 +36,8 @@ class Step:
     hang: bool = False
     cut: int = 0
     unasked: bool = False
+    half: bool = False
+    trickle: bool = False
     endless: bool = False
     only: str = ""
 
@@ -47,6 +50,7 @@ class HttpPeer:
         self.heard: list[Heard] = []
         self._tls = tls
         self._more = threading.Condition()
+        self._over = threading.Event()
         self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.port: int = self._listener.getsockname()[1]
         self._links: list[Any] = []
@@ -64,6 +68,7 @@ class HttpPeer:
 
     def close(self) -> None:
         """Ends it."""
+        self._over.set()
         self._listener.close()
         for link in self._links:
             try:
@@ -112,9 +117,14 @@ class HttpPeer:
                 step = Step()
             self.heard.append(Heard(line.split()[1].decode("latin-1"), headers, body, number))
             self._more.notify_all()
-        if step.hang:
+        if step.half:
+            link.shutdown(socket.SHUT_WR)
+        if step.hang or step.half:
             reader.read(1)
             return False
+        for octet in step.raw or b"" if step.trickle else b"":
+            self._over.wait(0.05)
+            link.sendall(bytes([octet]))
         if step.raw is not None:
             link.sendall(step.raw)
             return False

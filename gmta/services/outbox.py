@@ -24,7 +24,8 @@ from typing import Any
 from gmta.services.files import write_all
 
 LARGE = 8 * 1024 * 1024  # octets from which a file is begun anew
-KEPT_S = 120.0  # how long the file before it is kept, for those that have to know what it held
+KEPT_S = 120.0  # how long the file before it, and one taken over, is kept for those that have to know what it held
+OLD = ".old"  # the end of the name of a file that was taken over
 MARGIN_S = 15.0  # `since` is so much before the last sign of life: three beats
 
 _LINE = re.compile(rb"\+(\S+) ([0-9]{1,15}\.[0-9]{3}) ([0-9]{1,9}) (.*)\Z|-(\S+)\Z", re.S)
@@ -85,7 +86,7 @@ class Outbox:
         return found
 
     def release(self, found: Found) -> None:
-        """Removes what was taken over, once it is kept here or done."""
+        """Nobody is to take this over any more: it is kept here or done. For a while it stays, for those who have to know what it held."""
         self._batch.submit(lambda: self._release(found))
 
     def close(self) -> None:
@@ -163,7 +164,11 @@ class Outbox:
         os.utime(self._file)
         while self._former and self._former[0][0] <= now:
             _, path, file = self._former.pop(0)
-            _remove(path, file)
+            _remove(path)
+            os.close(file)
+        for entry in os.scandir(self._directory):
+            if entry.name.endswith(OLD) and entry.stat(follow_symlinks=False).st_mtime < now - KEPT_S:
+                _remove(entry.path)
 
     def _take_over(self) -> Found:
         found = Found()
@@ -194,11 +199,12 @@ class Outbox:
         return found
 
     def _known(self) -> set[str]:
-        return {key for name in os.listdir(self._directory) if name.endswith(".log") for key in _keys(os.path.join(self._directory, name))}
+        return {key for name in os.listdir(self._directory) if name.endswith((".log", OLD)) for key in _keys(os.path.join(self._directory, name))}
 
     def _release(self, found: Found) -> None:
         for path, file in found.files:
-            _remove(path, file)
+            os.rename(path, f"{path}{OLD}")
+            os.close(file)
         found.files.clear()
 
     def _end(self) -> None:
@@ -257,9 +263,8 @@ def _keys(path: str) -> set[str]:
         return set()
 
 
-def _remove(path: str, file: int) -> None:
+def _remove(path: str) -> None:
     try:
         os.unlink(path)
     except FileNotFoundError:
         pass
-    os.close(file)

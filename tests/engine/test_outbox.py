@@ -55,7 +55,13 @@ def test_what_is_not_done_is_taken_over_once(make: Make, tmp_path: Path) -> None
     assert found.since is not None and abs(found.since + MARGIN_S - logs(tmp_path)[0].stat().st_mtime) < 0.01
     assert not third.take_over()  # the second one has it
     second.release(found)
-    assert not logs(tmp_path) and not third.take_over()
+    assert not third.take_over() and third.known() == {"a", "b"}  # for who takes over from another that died at the same time
+    (old,) = logs(tmp_path)
+    third.beat(list)
+    assert third.known() == {"a", "b"}
+    third._clock.advance(old.stat().st_mtime + module.KEPT_S + 1 - third._clock())  # type: ignore[attr-defined]
+    third.beat(list)
+    assert third.known() == set()
 
 
 def test_who_left_in_order_missed_nothing(make: Make) -> None:
