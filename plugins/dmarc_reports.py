@@ -14,7 +14,7 @@ get none). Replies: none.
 
 Failure: DNS that can't tell, or a message that can't be handed in, is tried again ten minutes later while the day lasts. What a worker has
 counted and not yet written down (five seconds) is lost when it is killed. Past 2,000 rows a domain and worker, rows are told apart
-by address and disposition alone, past 4,000 not counted. RFC 9990; RFC 9989 section 4.7 for rua.
+by address and disposition alone, past 4,000, or 10,000 domains a day, not counted. RFC 9990; RFC 9989 section 4.7 for rua.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from gmta.mail.reply import Reply
 from gmta.mail.session import Session, Transaction
 from gmta.mail.trace import date
 from gmta.services.dns import Status, texts
+from gmta.verify import Lookups
 from gmta.verify.dmarc import DmarcResult, is_aligned, organization_of, parse
 
 DAY_S = 86400
@@ -49,6 +50,9 @@ LOOK_S = 600.0
 SPREAD_S = 4 * 3600  # not everybody at midnight
 MAX_ROWS = 2000  # of a domain, told apart in full
 MAX_MARKS = 100_000  # of all domains, remembered by a worker
+MAX_DOMAINS = 10_000  # of a worker and day: whoever has a zone can make any number of them
+MAX_RUA = 4096  # octets of a record's destinations
+DNS_S, STOP_DNS_S = 20.0, 2.0  # waiting for name servers, in all
 MAX_SIGNATURES = 100  # RFC 9990 section 3.1.4
 MAX_DESTINATIONS = 5
 MAX_TEXT = 255
@@ -113,6 +117,8 @@ class Plugin:
             return
         day = _day(self._services.clock())
         key = (day, outcome.policy_domain)
+        if key not in self._marks and len(self._marks) >= MAX_DOMAINS:
+            return
         self._policies[key] = outcome
         marks = self._marks.setdefault(key, set())
         row = _row(session, transaction, outcome, action, sealer)
@@ -134,11 +140,12 @@ class Plugin:
         self._sleeps = False
         self.flush()
 
-    def flush(self) -> None:
-        """Writes down what was counted."""
+    def flush(self, wait_s: float = DNS_S) -> None:
+        """Writes down what was counted; wait_s: for DNS, in all."""
         waiting, self._waiting = self._waiting, {}
         policies, self._policies = self._policies, {}
         state = self._services.state
+        asks = Lookups(self._services.resolver, limit=10 * MAX_ROWS, seconds=wait_s)
         today = _day(self._services.clock())
         if sum(map(len, self._marks.values())) > MAX_MARKS:
             self._marks.clear()
@@ -150,14 +157,14 @@ class Plugin:
         for (day, domain, mark), (count, row) in waiting.items():
             key = f"dmarc-row:{day}:{domain}:{mark}"
             if state.get(key) is None:
-                state.set(key, self._judged(row, policies[day, domain]), KEEP_S)
+                state.set(key, self._judged(row, policies[day, domain], asks), KEEP_S)
             state.count(f"dmarc-count:{day}:{domain}:{mark}", count, KEEP_S)
 
-    def _judged(self, row: dict[str, Any], outcome: DmarcResult) -> dict[str, Any]:
+    def _judged(self, row: dict[str, Any], outcome: DmarcResult, asks: Lookups) -> dict[str, Any]:
         """The row with which of both methods are aligned: DMARC itself is content with one that is."""
         record = outcome.record
         assert record is not None
-        asks, author = self._services.resolver, row["from"]
+        author = row["from"]
 
         def passes(method: str, strict: bool) -> str:
             results = [row["spf"]] if method == "spf" else row["dkim"]
@@ -179,7 +186,7 @@ class Plugin:
         """Writes down what is counted."""
         if self._loop is not None:
             self._loop.kill(block=False)
-        self.flush()
+        self.flush(STOP_DNS_S)
 
     def _look_on(self) -> None:
         while True:
@@ -229,7 +236,7 @@ class Plugin:
     def destinations(self, domain: str, rua: str) -> list[tuple[Address, int | None]] | None:
         """(address, octets it takes at most) of those in rua that may have reports about a policy domain; None where DNS can't tell now."""
         found: dict[Address, int | None] = {}
-        asks = self._services.resolver
+        asks = Lookups(self._services.resolver, limit=100, seconds=DNS_S)  # a slow zone does not hold up the others' reports
         own = organization_of(asks, domain)
         for address, most in _addresses(rua)[:MAX_DESTINATIONS]:
             theirs = organization_of(asks, address.host)
@@ -238,7 +245,7 @@ class Plugin:
             if theirs == own:
                 found[address] = most
                 continue
-            answer = asks.txt(f"{domain}._report._dmarc.{address.host}")  # RFC 9990 section 4
+            answer = asks.look_up(f"{domain}._report._dmarc.{address.host}", "TXT")  # RFC 9990 section 4
             if answer.status is Status.TEMPORARY:
                 return None
             records = [record for text in texts(answer) if (record := parse(text.decode("latin-1"))) is not None]  # section 4 step 6: without p= too
@@ -346,7 +353,8 @@ def _policy(outcome: DmarcResult) -> dict[str, str]:
     assert record is not None
     return {"domain": outcome.policy_domain, "discovery_method": "treewalk", "p": record.p, "sp": record.sp or record.p,
             "np": record.np or record.sp or record.p, "fo": record.fo, "adkim": "s" if record.strict_dkim else "r",
-            "aspf": "s" if record.strict_spf else "r", "testing": "y" if record.testing else "n", "rua": record.rua}
+            "aspf": "s" if record.strict_spf else "r", "testing": "y" if record.testing else "n",
+            "rua": record.rua if len(record.rua) <= MAX_RUA else record.rua[:MAX_RUA].rpartition(",")[0]}
 
 
 def _record(row: dict[str, Any], count: int) -> str:

@@ -73,10 +73,11 @@ class Plugin:
 
     def _check_helo(self, session: Session, transaction: Transaction, lookups: Lookups) -> Verdict | None:
         """Judges the HELO identity, or remembers what it came to."""
-        helo, result = session.notes.get(NAME, ("", None))
-        if result is None or helo != session.helo:
-            result = self._spf.helo(lookups, session.peer_ip, session.helo, now=self._services.clock(), explain=False)
-            session.notes[NAME] = (session.helo, result)
+        who = (session.peer_ip, session.helo)
+        judged, result = session.notes.get(NAME, (None, None))
+        if result is None or judged != who:
+            result = self._spf.helo(lookups, *who, now=self._services.clock(), explain=False)
+            session.notes[NAME] = (who, result)
         if result.result == "none":
             return None
         self._add(transaction, result, "smtp.helo")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from gmta import AuthResult
 from gmta.mail.address import Address
 from gmta.mail.reply import Reply
+from gmta.services.dns import Answer, Status
 from gmta.services.state import MemoryState
 from gmta.testing import FakeClock, load_plugin, make_message, make_services, make_session, make_transaction
 from gmta.testing.zone import Zone
@@ -256,6 +257,50 @@ def test_there_is_an_end_to_rows(state: MemoryState, clock: FakeClock, monkeypat
     counts = [int(text or 0) for text in texts(xml, "record/row/count")]
     assert len(counts) == 6 and 3 < sum(counts) <= 20
     assert len(texts(xml, "record/auth_results/dkim")) == 3
+
+
+def test_there_is_an_end_to_domains(state: MemoryState, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has a zone can make any number of them."""
+    monkeypatch.setattr("gmta_plugins.dmarc_reports.MAX_DOMAINS", 3)
+    zone = Zone({f"_dmarc.d{number}.example": {"TXT": [f"v=DMARC1; p=none; rua=mailto:a@d{number}.example"]} for number in range(9)})
+    worker = Worker(state, clock, zone)
+    for _ in range(2):
+        for number in range(9):
+            worker.take(f"a@d{number}.example")
+    worker.reports.flush()
+    assert len(list(state.scan("dmarc-policy:"))) == 3
+    assert [int(count) for _, count in state.scan("dmarc-count:")] == [2, 2, 2]
+
+
+def test_destinations_are_kept_to_a_bound_and_whole(state: MemoryState, clock: FakeClock) -> None:
+    rua = ",".join(f"mailto:{'x' * 50}{number}@owner.example" for number in range(900))
+    worker = Worker(state, clock, Zone({"_dmarc.owner.example": {"TXT": [f"v=DMARC1; p=none; rua={rua}"]}}))
+    worker.take()
+    worker.reports.flush()
+    ((_, policy),) = state.scan("dmarc-policy:")
+    assert len(policy["rua"]) <= 4096 and rua.startswith(policy["rua"] + ",")
+
+
+def test_a_stop_waits_for_no_name_server(state: MemoryState, clock: FakeClock) -> None:
+    class Silent(Zone):
+        silent = False
+        waited = 0.0
+
+        def look_up(self, name: str, kind: str, *, timeout_s: float | None = None) -> Answer:
+            if not self.silent:
+                return super().look_up(name, kind)
+            assert timeout_s is not None and timeout_s <= 2.0
+            self.waited += 1
+            return Answer(name, kind, Status.TEMPORARY, reason="no answer in time")
+
+    zone = Silent({"_dmarc.owner.example": {"TXT": ["v=DMARC1; p=none; rua=mailto:a@owner.example"]}})
+    worker = Worker(state, clock, zone)
+    for number in range(200):
+        worker.take("a@owner.example", dkim(f"d{number}.owner.example"))
+    zone.silent = True
+    worker.reports.on_worker_stopping(worker)
+    assert len(list(state.scan("dmarc-count:"))) == 200
+    assert zone.waited == 1
 
 
 @settings(max_examples=100, deadline=None)

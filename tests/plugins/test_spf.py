@@ -87,6 +87,18 @@ def test_helo_is_judged_once_a_session() -> None:
     assert transaction.auth_results[1].result == "fail"
 
 
+def test_helo_of_another_client_in_the_same_session_is_judged_anew() -> None:
+    """A proxy has told of another one (XCLIENT)."""
+    zone = Zone({"mx.example": {"TXT": ["v=spf1 ip4:192.0.2.1 -all"]}})
+    plugin = load_plugin("spf", make_services(resolver=zone))
+    session = make_session(helo="mx.example")
+    for ip, result in (("192.0.2.1", "pass"), ("198.51.100.1", "fail")):
+        session.peer_ip = ip
+        transaction = make_transaction("a@softfail.example")
+        plugin.check_mail(session, transaction)
+        assert transaction.auth_results[1].result == result
+
+
 @pytest.mark.parametrize("session", [make_session(trusted=True), make_session(user="user@example.test")])
 def test_trusted_sessions_are_not_judged(session: Session) -> None:
     answer, transaction = judged("a@fail.example", session=session)
