@@ -50,7 +50,7 @@ from gmta.services.postgres import (
     is_lost,
 )
 
-LINGER_S = 0.001  # a transaction waits so long for company
+LINGER_S = 0.0005  # a transaction waits so long for company; more comes while the one before is under way
 PUT_S = 100.0  # a client is told that it must come again when it is not known after so long what became of its message
 RESOLVE_S = 5.0
 ROOM_FOR_S = 0.5
