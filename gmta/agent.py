@@ -17,7 +17,6 @@ import ctypes
 import importlib
 import json
 import os
-import pwd
 import resource
 import select
 import signal
@@ -37,6 +36,7 @@ from gmta.config import EX_CONFIG, Config, ConfigError
 from gmta.deliver.agent import LONGEST_S, close_all, delivery_of, frame, read_frame, rows_of
 from gmta.plugins import PluginManager
 from gmta.services import Services
+from gmta.services.accounts import find_account
 from gmta.services.batch import Batch, call_each
 from gmta.services.log import Log
 from gmta.services.metrics import Metrics
@@ -213,20 +213,21 @@ class Fork:
 def become(name: str) -> gmta.Outcome | None:
     """Becomes an account for good; an Outcome where that can't or may not be. Raises OSError."""
     try:
-        entry = pwd.getpwnam(name)
-        groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
-    except (KeyError, ValueError):  # ValueError: a zero octet
+        account = find_account(name)
+    except OSError as error:
+        return gmta.deferred(f"Accounts can't be looked up: {error.strerror}", enhanced="4.3.0")
+    if account is None:
         return gmta.failed("There is no such account", enhanced="5.1.1", code=550)
-    if not entry.pw_uid:
+    if not account.uid:
         return gmta.failed("No mail is delivered as this account", enhanced="5.7.1", code=550)
     os.chdir("/")
     os.umask(0o077)
     if os.geteuid() == 0:
-        os.setgroups(groups)
-        os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
-        os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
+        os.setgroups(account.groups())
+        os.setresgid(account.gid, account.gid, account.gid)
+        os.setresuid(account.uid, account.uid, account.uid)
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # nor may the account look into what was root's
-    if os.getresuid() != (entry.pw_uid,) * 3 or os.getresgid() != (entry.pw_gid,) * 3:
+    if os.getresuid() != (account.uid,) * 3 or os.getresgid() != (account.gid,) * 3:
         raise PermissionError(f"can't become {name}")
     return None
 

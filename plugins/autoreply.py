@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import quopri
 import re
+import stat
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -148,9 +149,9 @@ class Plugin:
         if not 0 <= now - self._checked_at < CHECK_INTERVAL_S:
             self._checked_at = now
             try:
-                stat = os.stat(self._config.directory)
-                stamp = (stat.st_mtime_ns, stat.st_ino)
-                if stamp != self._stamp or now - stat.st_mtime < 2 * CHECK_INTERVAL_S:
+                found = os.stat(self._config.directory)
+                stamp = (found.st_mtime_ns, found.st_ino)
+                if stamp != self._stamp or now - found.st_mtime < 2 * CHECK_INTERVAL_S:
                     self._names = frozenset(name for name in os.listdir(self._config.directory) if "@" in name and _NAME.match(name))
                     self._stamp = stamp
             except OSError as error:
@@ -186,14 +187,21 @@ class Plugin:
 
     def _answer(self, name: str, queue_id: str, due: Due) -> None:
         """Sends one answer, unless its sender had one lately; raises OSError, ValueError."""
-        with open(os.path.join(self._config.directory, str(due.mailbox).lower()), "rb") as file:
+        path = os.path.join(self._config.directory, str(due.mailbox).lower())
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # a FIFO there would have the whole worker wait
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("the text is no plain file")
             text = Text(file.read(MAX_FILE))
         if self._worker is None or not text.holds(self._services.clock()):
             return
         key = f"autoreply:{str(due.mailbox).lower()}:{str(due.sender).lower()}"
         if self._services.state.add(key, 1, self._config.period) > 1:
             return
-        self._worker.submit(NULL, [due.sender], self.compose(name, due, text))
+        try:
+            self._worker.submit(NULL, [due.sender], self.compose(name, due, text))
+        except OSError:
+            self._services.state.delete(key)  # who writes again has another chance
+            raise
         self._services.log.info("automatic reply", id=queue_id, mailbox=due.mailbox, to=due.sender)
 
     def compose(self, name: str, due: Due, text: Text) -> bytes:

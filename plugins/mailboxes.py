@@ -14,13 +14,12 @@ an unknown user behind it is refused at RCPT. Names match without regard to case
 (`/path`) as alias targets are refused, unless a key says which transport runs or writes them, which reads them from the same file
 (`aliases_file` of types pipe and mbox); nothing that a client says becomes a part of them.
 
-Replies: 550 5.1.1 no such user; 550 5.4.6 the aliases loop; 550 5.1.3 a name that could mean a path, a command or a
+Replies: 550 5.1.1 no such user; 451 4.3.0 the accounts can't be looked up; 550 5.4.6 the aliases loop; 550 5.1.3 a name that could mean a path, a command or a
 further route (percent hack, bang path), unless it is listed. RFC 5321 section 4.5.1 (postmaster), RFC 5233 (detail).
 """
 
 from __future__ import annotations
 
-import pwd
 import re
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -28,10 +27,11 @@ from typing import Any, Literal
 from gevent import get_hub
 from pydantic import Field, field_validator
 
-from gmta import PluginConfig, Verdict, accept, hookimpl, reject
+from gmta import PluginConfig, Verdict, accept, defer, hookimpl, reject
 from gmta.config import Path
 from gmta.mail.address import Address, domain_key
 from gmta.mail.session import Recipient, Session, Transaction
+from gmta.services.accounts import find_account
 from gmta.services.aliases import COMMAND, FILE, name_key, parse_aliases, special_local
 from gmta.services.watched import Watched
 
@@ -196,7 +196,11 @@ class Plugin:
             return
         if _UNSAFE.search(address.mailbox):
             raise Refused(reject("Recipient address is not allowed", 550, "5.1.3"))
-        if self._config.accept == "system" and self._is_account(user.lower()):
+        try:
+            is_account = self._config.accept == "system" and self._is_account(user.lower())
+        except OSError as error:
+            raise Refused(defer(f"Accounts can't be looked up: {error.strerror}", 451, "4.3.0")) from error
+        if is_account:
             found.setdefault(f"{user.lower()}@{address.host}", Address.make(user.lower(), address.host))
             return
         if self._catch_all is not None and self._catch_all.key not in path and self._catch_all.key != address.key:
@@ -276,11 +280,9 @@ class WithSpecials(Plugin):
 
 
 def _has_account(name: str) -> bool:
-    """In a native thread."""
-    try:
-        return pwd.getpwnam(name).pw_uid != 0
-    except (KeyError, ValueError):
-        return False
+    """In a native thread; raises OSError where that can't be told now."""
+    account = find_account(name)
+    return account is not None and account.uid != 0
 
 
 def _shown(address: Address) -> str:

@@ -43,6 +43,7 @@ from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState, stored_address
 from gmta.mail.message import Message, with_lf
 from gmta.mail.trace import delivered_to
+from gmta.services.accounts import Account, find_account
 from gmta.services.files import NO_ROOM, rename_new, start_writing_out, sync_directory, write_all
 from gmta.services.maildirsize import (
     OTHERS,
@@ -231,12 +232,12 @@ class Maildir:
         self._account = _account(config.user) if config.user and not self._own_account else None
         if config.user and config.owner:
             raise ValueError("owner: expected none where there is `user`: what it makes is its own")
-        if config.user and not services.agent and os.geteuid() not in (0, self._account.pw_uid if self._account is not None else -1):
+        if config.user and not services.agent and os.geteuid() not in (0, self._account.uid if self._account is not None else -1):
             services.log.warning("mail can't be delivered as another user: gmta was not started as root", transport=name)
         home, slash, rest = config.path.partition("/")
         self._in_home = home == "{home}" and bool(config.user)
         if self._in_home:
-            self.base, self._template = self._account.pw_dir if self._account is not None else "", _split_path(slash + rest, fixed=False)[1]
+            self.base, self._template = self._account.home if self._account is not None else "", _split_path(slash + rest, fixed=False)[1]
         else:
             self.base, self._template = _split_path(os.path.join(services.config.base, config.path))  # relative to the configuration file
         self._separator = config.detail_separator
@@ -267,11 +268,11 @@ class Maildir:
                 account = _account(name)
             except ValueError as error:
                 raise OSError(errno.EINVAL, "there is no such account") from error
-            if self._is or os.geteuid() != account.pw_uid:
+            if self._is or os.geteuid() != account.uid:
                 raise PermissionError(errno.EPERM, f"not as {name}, for which gmta has to be started as root")
             self._is = name
             if self._in_home:
-                self.base = account.pw_dir
+                self.base = account.home
 
     def deliver(self, delivery: Any) -> dict[int, gmta.Outcome]:
         """Writes a file a recipient."""
@@ -796,12 +797,12 @@ def _split_path(path: str, *, fixed: bool = True) -> tuple[str, tuple[str, ...]]
     return os.path.abspath("/".join(parts[:end]) or "/"), tuple(part for part in parts[end:] if part)
 
 
-def _account(name: str) -> pwd.struct_passwd:
-    """An account of this machine; raises ValueError where there is none."""
-    try:
-        return pwd.getpwnam(name)
-    except KeyError as error:
-        raise ValueError(f"user: there is no account {name}") from error
+def _account(name: str) -> Account:
+    """An account of this machine; raises ValueError where there is none, OSError where that can't be told."""
+    account = find_account(name)
+    if account is None:
+        raise ValueError(f"user: there is no account {name}")
+    return account
 
 
 def _owner(text: str) -> tuple[int, int] | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import pwd
 import re
 import stat
 import time
@@ -32,6 +31,7 @@ from gmta.mail.address import Address
 from gmta.mail.envelope import stored_address
 from gmta.mail.message import with_lf
 from gmta.mail.trace import delivered_to
+from gmta.services.accounts import find_account
 from gmta.services.aliases import FILE, Specials
 from gmta.services.files import NO_ROOM, write_all
 
@@ -68,10 +68,10 @@ class Mbox:
         self._services = services
         self._uid = os.geteuid()
         if config.user:
-            try:
-                self._uid = pwd.getpwnam(config.user).pw_uid
-            except KeyError as error:
-                raise ValueError(f"user: there is no account {config.user}") from error
+            account = find_account(config.user)
+            if account is None:
+                raise ValueError(f"user: there is no account {config.user}")
+            self._uid = account.uid
         if not self._uid:
             raise ValueError("user: expected an account, since files of aliases are never written as root")
         self._aliases = Specials(config.aliases_file, FILE, services.clock)

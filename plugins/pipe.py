@@ -40,6 +40,7 @@ from gmta.mail.address import Address
 from gmta.mail.envelope import stored_address
 from gmta.mail.message import Message, with_lf
 from gmta.mail.trace import delivered_to
+from gmta.services.accounts import find_account
 from gmta.services.aliases import COMMAND, Specials
 from gmta.services.files import write_all
 
@@ -307,7 +308,10 @@ class Pipe:
         finally:
             if status is None:  # what it started goes with it; a worker that ends leaves nothing behind either
                 _kill(process, signal.SIGKILL)
-                process.wait()
+                try:
+                    process.wait(GRACE_S)
+                except subprocess.TimeoutExpired:  # a program that has become another user is not ours to kill
+                    self._services.log.error("command can't be ended", transport=self.name, pid=process.pid)
         return status
 
     def _input(self, delivery: Any, addresses: list[Address]) -> int:
@@ -424,9 +428,11 @@ def _unfit(word: Word) -> Unfit:
 
 
 def account(name: str) -> Account:
-    """An account of this machine; raises KeyError, or ValueError for what can't be a name."""
-    entry = pwd.getpwnam(name)
-    return Account(entry.pw_uid, entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid), entry.pw_name, entry.pw_dir)
+    """An account of this machine; raises KeyError, OSError where that can't be told now."""
+    found = find_account(name)
+    if found is None:
+        raise KeyError(name)
+    return Account(found.uid, found.gid, found.groups(), found.name, found.home)
 
 
 def _ourselves() -> Account:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import email.policy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,3 +151,27 @@ def test_folder_that_is_gone_stops_no_mail(office: Office, tmp_path: Path) -> No
 def test_directory_is_needed() -> None:
     with pytest.raises(ValueError, match="directory"):
         Plugin(Config(), make_services())
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "unreadable"])
+def test_a_text_that_is_no_file_holds_nobody_up(office: Office, tmp_path: Path, kind: str) -> None:
+    text = tmp_path / "joe@example.test"
+    text.unlink()
+    if kind == "fifo":
+        os.mkfifo(text)
+    elif kind == "directory":
+        text.mkdir()
+    else:
+        text.symlink_to("/nowhere")
+    assert office.mail() == 0
+    assert office.services.log.of("no automatic reply")  # type: ignore[attr-defined]
+
+
+def test_an_answer_that_could_not_be_handed_in_is_due_again(office: Office) -> None:
+    def full(*what: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    office.plugin.on_worker_started(SimpleNamespace(submit=full))
+    assert office.mail() == 0 and office.services.log.of("no automatic reply")  # type: ignore[attr-defined]
+    office.plugin.on_worker_started(SimpleNamespace(submit=lambda *what: office.sent.append(what)))
+    assert office.mail() == 1

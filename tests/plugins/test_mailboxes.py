@@ -288,3 +288,12 @@ def test_accounts_of_this_machine() -> None:
     refused(ask(plugin, "root@example.test"), "5.1.1")
     services.clock.now += 61
     assert ends(ask(plugin, "nobody@example.test"), "nobody@example.test") == ["nobody@example.test"]
+
+
+def test_accounts_that_can_not_be_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(mailboxes, "find_account", fails)
+    verdict = ask(make(accept="system")[0], "joe@example.test")
+    assert verdict is not None and verdict.kind is Kind.DEFER and verdict.reply.code == 451

@@ -29,6 +29,7 @@ from gmta.mail.session import Recipient
 from gmta.mail.verdict import Outcome, Status
 from gmta.plugins import PluginManager
 from gmta.services import Services
+from gmta.services.accounts import Account
 from gmta.services.maildirsize import Limits, count_usage, read_usage
 from gmta.services.metrics import Metrics
 from gmta.testing import MemoryLog, make_config, make_session, make_transaction
@@ -785,9 +786,7 @@ def test_quota_without_the_hook_is_warned_of(tmp_path: Path) -> None:
 
 def account(monkeypatch: pytest.MonkeyPatch, **homes: Path) -> None:
     """Accounts of these names, all of them ours."""
-    def entry(name: str) -> pwd.struct_passwd:
-        return pwd.struct_passwd((name, "x", os.geteuid(), os.getegid(), "", str(homes[name]), "/bin/sh"))
-    monkeypatch.setattr("gmta_plugins.maildir.pwd.getpwnam", entry)
+    monkeypatch.setattr("gmta_plugins.maildir.find_account", lambda name: Account(name, os.geteuid(), os.getegid(), str(homes[name])))
 
 
 def test_home_of_a_user(make: Callable[..., Maildir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

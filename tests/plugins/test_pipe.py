@@ -297,6 +297,23 @@ def test_no_such_account(make: Callable[..., Pipe]) -> None:
     assert deliver(transport, address("root")).reply.enhanced == "5.7.1"
 
 
+def test_a_directory_of_accounts_that_fails_defers(make: Callable[..., Pipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(pipe, "find_account", fails)
+    assert deliver(make("/bin/true", user="{user}"), address("joe")).status is Status.DEFERRED
+
+
+def test_a_command_that_can_not_be_killed_holds_nothing_up(make: Callable[..., Pipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has become another user, as set-user-ID programs do."""
+    monkeypatch.setattr(pipe, "GRACE_S", 0.01)
+    monkeypatch.setattr(pipe.os, "killpg", lambda *arguments: (_ for _ in ()).throw(PermissionError()))
+    transport = make("/bin/sleep 2", timeout="0.01")
+    assert deliver(transport).reply.text.startswith("The command did not end")
+    assert transport._services.log.of("command can't be ended")  # type: ignore[attr-defined]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="changing the account needs root")
 def test_runs_as_an_account(make: Callable[..., Pipe], tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
