@@ -791,7 +791,7 @@ def _split_path(path: str, *, fixed: bool = True) -> tuple[str, tuple[str, ...]]
     try:
         path.format(local="", domain="", user="", detail="")
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise ValueError(f"path: expected only {{local}}, {{domain}}, {{user}} and {{detail}} in braces ({error})") from error
+        raise ValueError(f"path: expected only {{local}}, {{domain}}, {{user}} and {{detail}} in braces, and {{home}} first where there is `user` ({error})") from error
     parts = path.split("/")
     end = next((index for index, part in enumerate(parts) if "{" in part or "}" in part), len(parts)) if fixed else 0
     return os.path.abspath("/".join(parts[:end]) or "/"), tuple(part for part in parts[end:] if part)

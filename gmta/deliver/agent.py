@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gevent
+from gevent.lock import BoundedSemaphore
 
 import gmta
 from gmta.hookspecs import Delivery
@@ -30,7 +31,8 @@ from gmta.services.files import write_all
 MAX_FRAME = 4 * 1024 * 1024  # octets: a hundred recipients with all that is known of them
 LONGEST_S = 300.0  # a delivery of a transport that names no other time
 GRACE_S = 30.0
-CONCURRENCY = 16  # accounts at a time: each is a process
+CONCURRENCY = 32  # deliveries at a time, and connections kept: each is a process
+OF_ACCOUNT = 4  # of them for one account, where each recipient is its own
 _LENGTH = 4
 
 
@@ -143,13 +145,17 @@ def close_all(files: Sequence[int]) -> None:
 
 
 class AgentTransport:
-    """A transport whose deliveries the agent does. address: of the agent's socket."""
+    """A transport whose deliveries the agent does. address: of the agent's socket.  many: there is an account for each recipient, and so a
+    lane: whose command hangs holds up nobody else."""
 
-    def __init__(self, transport: Any, address: str, log: Any) -> None:
+    def __init__(self, transport: Any, address: str, log: Any, *, many: bool = False) -> None:
         self.transport = transport
-        self.concurrency = min(transport.concurrency, CONCURRENCY)
-        if hasattr(transport, "next_hop"):
+        self.concurrency = min(transport.concurrency, OF_ACCOUNT if many else CONCURRENCY)
+        if many:
+            self.next_hop = transport.user_of
+        elif hasattr(transport, "next_hop"):
             self.next_hop = transport.next_hop
+        self._slots = BoundedSemaphore(CONCURRENCY)
         self._address = address
         self._log = log
         self._longest_s = getattr(transport, "longest_s", LONGEST_S) + GRACE_S
@@ -163,7 +169,7 @@ class AgentTransport:
         outcomes: dict[int, Outcome] = {}
         for account, recipients in accounts.items():
             try:
-                with gevent.Timeout(self._longest_s, TimeoutError("it gave no answer in time")):
+                with self._slots, gevent.Timeout(self._longest_s, TimeoutError("it gave no answer in time")):
                     outcomes |= self._ask(account, delivery, recipients)
             except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
                 self._log.error("delivery agent failed", id=delivery.envelope.id, account=account, error=str(error) or type(error).__name__)
@@ -220,7 +226,7 @@ class AgentTransport:
     def _keep(self, account: str, connection: Any) -> None:
         """Keeps a connection for the next message of this account; of those of others as many as may work at a time."""
         self._idle.setdefault(account, []).append(connection)
-        while sum(map(len, self._idle.values())) > self.concurrency:
+        while sum(map(len, self._idle.values())) > CONCURRENCY:
             oldest = next(iter(self._idle))
             self._idle[oldest].pop(0).close()
             if not self._idle[oldest]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import signal
 import smtplib
 import subprocess
@@ -121,6 +122,20 @@ def test_commands_run_as_their_user(gmta: Gmta, homes: Path) -> None:
     assert f"0077 {WWW.pw_uid} {WWW.pw_gid}" in report.read_text()
     (got,) = (homes / "www-data").glob("got-*")
     assert got.stat().st_uid == WWW.pw_uid and b"Delivered-To: www-data@example.test\n" in got.read_bytes()
+
+
+def test_a_command_that_hangs_holds_up_nobody_else(gmta: Gmta, homes: Path) -> None:
+    serve(gmta, homes)
+    gmta.stop()
+    config = re.sub(r"(?m)^command = .*$", f"command = /bin/sh -c 'case $0 in *games) cat > $0/got;; *) touch $0/hangs; sleep 60;; esac' {homes}/{{user}}\ntimeout = 3s",
+                    gmta.config.read_text())
+    gmta.serve(config.replace("[route]", "[route]\ngames@example.test = sorted"))
+    for _ in range(40):
+        send(gmta, "www-data@example.test")
+    until((homes / "www-data/hangs").exists, "a command that hangs")
+    send(gmta, "games@example.test")
+    until((homes / "games/got").exists, "the other's command")
+    until(lambda: not [one for one in json.loads(gmta.command("queue", "list", "--json").stdout) if one["recipients"][0]["address"].startswith("games")], "its record")
 
 
 @pytest.mark.parametrize(("name", "status"), [("root", "5.7.1"), ("no-such-account", "5.1.1"), ("..", "5.1.")])

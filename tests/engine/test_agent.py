@@ -165,7 +165,9 @@ def test_each_account_is_asked_for_and_its_connection_kept(agent: Callable[[Answ
 
     address = agent(answer)
     transport = AgentTransport(Transport(), address, MemoryLog())
-    assert transport.concurrency < 128
+    assert transport.concurrency < 128 and not hasattr(transport, "next_hop")
+    many = AgentTransport(Transport(), address, MemoryLog(), many=True)
+    assert many.next_hop(delivery().recipients[0].address) == "joe" and many.concurrency < transport.concurrency
     assert transport.deliver(delivery(None, "joe@example.test")).keys() == {0}
     assert transport.deliver(delivery(None, "joe+x@example.test", "Joe@example.test")).keys() == {0, 1}
     transport._idle.clear()
