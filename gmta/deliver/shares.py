@@ -124,7 +124,13 @@ class SharedGate(Gate):
 
     def usable(self, now: float) -> int:
         """Permits that may be used; none where the lease is over, or it is another worker's turn."""
-        return 0 if (self.starving and now >= self.turn_until) or now >= self.leased_until else min(self.permits, self.part)
+        if now >= self.leased_until or (self._is_over(now) and not (self.points and self.points[-1] >= now - self.late_s)):
+            return 0
+        return min(self.permits, self.part)
+
+    def _is_over(self, now: float) -> bool:
+        """Whether it is another's turn, once the points in time that this worker has taken are used."""
+        return self.starving and now >= self.turn_until
 
     def begin(self, now: float) -> None:
         """A job begins."""
@@ -149,7 +155,7 @@ class SharedGate(Gate):
 
     def misses(self, now: float) -> int:
         """Points in time that it could use."""
-        if not self.gap_s or (self.connections and self.active >= self.usable(now)):
+        if not self.gap_s or (self.connections and (self.active >= self.usable(now) or self._is_over(now))):
             return 0
         most = max(1, int(BLOCK_S / self.gap_s))
         return max(0, min(most, sum(lane.backlog for lane in self.waiting)) - len(self.points))

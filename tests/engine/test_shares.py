@@ -365,3 +365,25 @@ def test_what_was_not_used_for_long_is_deleted(cluster: Cluster) -> None:
     with psycopg.connect(cluster.url) as connection:
         for table in ("lane_holder", "lane_limit", "lane_closed"):
             assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+
+
+def test_a_turn_ends_when_the_points_in_time_that_were_taken_are_used(cluster: Cluster) -> None:
+    first, second = cluster.make(2, lane_big={"match": "*.example", "connections": "1", "rate": "60/m"})
+    gate = first.lanes.gates[0]
+    assert isinstance(gate, SharedGate)
+    first.put("one.example", 5)
+    share_all([first, first])
+    first.done()
+    first.share()
+    second.put("one.example")
+    share_all([second, first])
+    (point,) = gate.points
+    assert not first.running and point > first.clock()
+    first.later = shares_module.TURN_S + point - time.time()
+    gate.points[0] += shares_module.TURN_S  # as if taken at the end of its turn
+    first.lanes.tick()
+    settle()
+    assert len(first.running) == 1
+    first.done()
+    share_all([first, second])
+    assert not gate.points and gate.permits == 0 and second.lanes.gates[0].permits == 1  # type: ignore[attr-defined]
