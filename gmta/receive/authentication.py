@@ -103,7 +103,7 @@ class Authentication:
 
     def _welcome(self, user: str) -> Reply:
         self._session.user = user
-        self._pipeline.services.log.info("authenticated", session=self._session.id, user=user, mechanism=self._exchange.mechanism)
+        self._pipeline.services.log.info("authenticated", session=self._session.id, ip=self._session.peer_ip, user=user, mechanism=self._exchange.mechanism)
         return replies.AUTH_OK
 
     def _pepper(self) -> bytes:

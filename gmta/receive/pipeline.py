@@ -105,7 +105,7 @@ class Reception:
 
     def _tell(self, stage: str, reply: Reply) -> Reply:
         pipeline, transaction = self.pipeline, self.transaction
-        pipeline.services.log.info("refused", session=self.session.id, stage=stage, reply=str(reply),
+        pipeline.services.log.info("refused", session=self.session.id, ip=self.session.peer_ip, stage=stage, reply=str(reply),
                                    sender=f"<{transaction.sender}>" if transaction else None)
         if pipeline.plugins.has("on_refused"):
             pipeline.plugins.on("on_refused", self.session, transaction, stage, reply)
@@ -406,7 +406,7 @@ class Reception:
             history.append(Event(transaction.id, now, "edited", {"changes": transaction.changes}))
         pipeline.store.put(envelope, message, history)
         self._path = ""  # the store's now
-        pipeline.services.log.info("queued", session=session.id, id=transaction.id, sender=f"<{transaction.sender}>",
+        pipeline.services.log.info("queued", session=session.id, ip=session.peer_ip, id=transaction.id, sender=f"<{transaction.sender}>",
                                    recipients=len(envelope.recipients), size=envelope.size)
         if plugins.has("on_queued"):
             plugins.on("on_queued", envelope)
