@@ -801,7 +801,9 @@ class Config:
                     listener = listener.model_copy(update={"auth_required": listener.role == "submission"})
                 self.listeners[name] = listener
             elif kind == "tls":
-                self.tls_names[domain_key(name)] = self.validate(Tls, section)
+                self.tls_names[domain_key(name)] = tls = self.validate(Tls, section)
+                if "minimum_version" in section and hasattr(self, "tls") and tls.minimum_version != self.tls.minimum_version:
+                    return [f"{section.where('minimum_version')}: expected that of [tls], {self.tls.minimum_version}: it is agreed on before a name is"]
             elif kind == "plugin":
                 self.plugin[name] = section
             elif kind == "lane":

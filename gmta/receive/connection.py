@@ -17,7 +17,7 @@ from gmta.mail.session import AuthResult, Session
 from gmta.receive.limits import ConnectionLimits, within
 from gmta.receive.pipeline import Pipeline, Reception
 from gmta.services.deadlines import NEVER, Deadlines
-from gmta.services.tls import tls_info
+from gmta.services.tls import close_notify, tls_info
 from gmta.smtp import events
 from gmta.smtp.server import Extensions, ServerProtocol
 
@@ -106,6 +106,8 @@ class Connection:
             return False
         try:
             self._socket.send(replies.SHUTTING_DOWN.wire())
+            if self.session.tls is not None:
+                close_notify(self._socket)
             self._socket.shutdown(socket.SHUT_WR)
         except OSError:
             pass
@@ -311,6 +313,8 @@ class Connection:
     def _linger(self) -> None:
         """Ends our side and reads what is still on its way, so that the last reply is not lost to a reset."""
         try:
+            if self.session.tls is not None:
+                close_notify(self._socket)
             self._socket.shutdown(socket.SHUT_WR)
             end = self._clock() + LINGER_S
             while (left := end - self._clock()) > 0:
@@ -328,6 +332,8 @@ class Connection:
 
     def _close(self) -> None:
         try:
+            if self.session.tls is not None:
+                close_notify(self._socket)
             self._socket.close()
         except OSError:
             pass

@@ -65,17 +65,16 @@ class ServerTls:
                 self._stamp = self._look()
                 self._context = server_context(*self._files)
                 break
-            except (OSError, TlsError) as error:
+            except TlsError:
                 if clock() - self._looked_at >= SETTLE_S:
-                    raise error if isinstance(error, TlsError) else TlsError(str(error)) from error
+                    raise
             sleep(0.1)
 
     def _look(self) -> tuple[Any, ...]:
         """What tells whether the files are others than before."""
         certificate, key, _, names, client_ca = self._files
         paths = [certificate, key, client_ca, *(path for files in (names or {}).values() for path in files)]
-        # not the time of the last change to the content: a copy may keep its original's, and permissions do not touch it
-        return tuple((found.st_ctime_ns, found.st_size, found.st_ino) for found in map(os.stat, filter(None, paths)))
+        return tuple(map(_stamp, filter(None, paths)))
 
     def wrap_socket(self, sock: Any, **how: Any) -> Any:
         """A TLS socket on `sock`; the handshake is the caller's."""
@@ -86,18 +85,38 @@ class ServerTls:
         return self._context.wrap_socket(sock, **how)
 
     def _refresh(self) -> None:
+        stamp = self._look()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
         try:
-            stamp = self._look()
-            if stamp == self._stamp:
-                return
-            self._stamp = stamp
             self._context = server_context(*self._files)
-        except (OSError, TlsError) as error:
+        except TlsError as error:
             if self._log is not None:
                 self._log.error("certificates can't be read again", error=str(error))
         else:
             if self._log is not None:
                 self._log.info("certificates read again", certificate=self._files[0])
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    """What is other once a file is; () where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    # not the time of the last change to the content: a copy may keep its original's, and permissions do not touch it
+    return found.st_ctime_ns, found.st_size, found.st_ino
+
+
+def close_notify(tls_socket: Any) -> None:
+    """Tells the peer of a TLS session that nothing follows (RFC 8446 section 6.1), so that it knows what it has to be whole. Waits for nothing."""
+    session = getattr(tls_socket, "_sslobj", None)
+    if session is not None:
+        try:
+            session.shutdown()
+        except (OSError, ValueError):
+            pass  # what the peer has to say to that is not waited for
 
 
 def server_context(certificate: str, key: str | None, minimum_version: str = "1.2",

@@ -560,6 +560,7 @@ def test_what_is_obtained(tmp_path: Path) -> None:
     (f"{ON}ca_file = gone.pem\n", "3: [acme] ca_file: expected a file that exists and can be read"),
     (f"{ON}[tls]\nkey = config.ini\n", "4: [tls] key: expected a certificate with it, since [acme] brings a key of its own"),
     (f"{ON}[tls]\ncertificate = config.ini\n", "2: [acme] terms_agreed: expected [tls] or a [tls:NAME] without a certificate, since nothing is to be obtained"),
+    (f"{ON}[tls:a.example.test]\nminimum_version = 1.3\n", "4: [tls:a.example.test] minimum_version: expected that of [tls], 1.2: it is agreed on before a name is"),
     ("[tls:a.example.test]\n", "1: [tls:a.example.test]: expected a certificate, or [acme] to obtain one"),
 ])
 def test_settings_that_are_refused(tmp_path: Path, text: str, expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -296,8 +297,10 @@ def test_certificates_are_read_again_when_they_change(tmp_path: Path) -> None:
     shaken(server, client(authority))
     assert len(log.of("certificates can't be read again")) == 1
     files[1].unlink()
-    clock.advance(2)
-    assert shaken(server, client(authority))[2] == second.der[0]
+    for _ in range(3):
+        clock.advance(2)
+        assert shaken(server, client(authority))[2] == second.der[0]
+    assert len(log.of("certificates can't be read again")) == 2  # said once, not once a second
     put(first)
     clock.advance(2)
     assert shaken(server, client(authority))[2] == first.der[0]
@@ -343,6 +346,26 @@ def test_a_change_that_leaves_time_and_size_is_seen(tmp_path: Path) -> None:
         os.utime(live, ns=(found.st_atime_ns, found.st_mtime_ns))
     clock.advance(2)
     assert shaken(server, client(authority))[2] == other.der[0]
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_the_end_of_a_session_is_told(tmp_path: Path, version: str) -> None:
+    """RFC 8446 section 6.1: a client that reads to the end must be able to tell that from a cut line; the last word and what we wait for are before it."""
+    authority = Authority(tmp_path)
+    files, known = authority.issue("mx.example.test"), client(authority)
+    tls, given = ServerTls(*files), f"[listener:mx]\naddress = 127.0.0.1:2525\ntls = implicit\n[tls]\ncertificate = {files[0]}\nkey = {files[1]}\n"
+    known.maximum_version = ssl.TLSVersion[version]
+    for octets, last in ((b"EHLO client.example.com\r\nQUIT\r\n", b"221 "), (b"GET / HTTP/1.0\r\n", b"421 ")):
+        left, right = pair()
+        with contextlib.closing(MemoryServer((), given)) as server:
+            connection = server.connect(left, tls=tls)
+            serving = gevent.spawn(connection.run, True)
+            with SSLContext.wrap_socket(known, right, server_hostname="mx.example.test", suppress_ragged_eofs=False) as link:
+                link.settimeout(10)
+                link.sendall(octets)
+                heard = b"".join(iter(lambda link=link: link.recv(4096), b""))  # an end that was not told raises
+            assert heard.split(b"\r\n")[-2].startswith(last), heard
+            serving.get(timeout=10)
 
 
 def test_certificates_by_name(tmp_path: Path) -> None:
