@@ -24,6 +24,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import gevent
@@ -34,6 +35,7 @@ import gevent.subprocess
 import gmta
 from gmta.config import EX_CONFIG, Config, ConfigError
 from gmta.deliver.agent import LONGEST_S, close_all, delivery_of, frame, read_frame, rows_of
+from gmta.mail.envelope import stored_address
 from gmta.plugins import PluginManager
 from gmta.services import Services
 from gmta.services.accounts import find_account
@@ -178,31 +180,45 @@ class Fork:
             raise
 
     def _outcomes(self, request: Any, files: list[int]) -> dict[int, gmta.Outcome]:
-        delivery = delivery_of({**request, "message": [0, 0, 0, 0]}, files)  # nothing of the message yet
-        numbers = [recipient.number for recipient in delivery.recipients]
-        transport = self._transports.get(delivery.transport)
-        if transport is None or not numbers:
-            raise ValueError(f"no transport {delivery.transport!r} delivers as a user")
-        (name,) = {transport.user_of(recipient.address) for recipient in delivery.recipients}  # or ValueError: two accounts
+        transport = self._transports.get(str(request["transport"]))
+        if transport is None:
+            raise ValueError(f"no transport {request['transport']!r} delivers as a user")
+        if "room" in request:
+            address = stored_address(str(request["room"]))
+            refused = self._become({transport.user_of(address)})
+            try:
+                outcome = refused or self._work(transport.room, address, int(request["size"]))
+            except OSError:
+                outcome = None  # the delivery will tell
+            return {} if outcome is None else {0: outcome}
+        recipients = delivery_of({**request, "message": [0, 0, 0, 0]}, files).recipients  # nothing of the message yet
+        refused = self._become({transport.user_of(recipient.address) for recipient in recipients})
+        if refused is not None:
+            return dict.fromkeys((recipient.number for recipient in recipients), refused)
+        outcomes: dict[int, gmta.Outcome] = self._work(transport.deliver, delivery_of(request, files))
+        return outcomes
+
+    def _become(self, names: set[str]) -> gmta.Outcome | None:
+        """Sees to it that this process is that account's; an Outcome where that may not be. Raises ValueError, OSError."""
+        (name,) = names  # or ValueError: nobody, or two accounts
         if not self._account:
             refused = become(name)
             if refused is not None:
-                return dict.fromkeys(numbers, refused)
+                return refused
             self._account = name
         elif name != self._account:
             raise ValueError("another account")
-        return self._deliver(transport, delivery_of(request, files))
+        return None
 
-    def _deliver(self, transport: Any, delivery: Any) -> dict[int, gmta.Outcome]:
-        """Delivers, unless the worker goes away meanwhile: what was started is ended then."""
-        work = gevent.spawn(transport.deliver, delivery)
+    def _work(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls it, unless the worker goes away meanwhile: what was started is ended then."""
+        work = gevent.spawn(function, *arguments)
         watch = gevent.spawn(self._left, work)
         work.join()
         watch.kill()
         if isinstance(work.value, gevent.GreenletExit):
             raise EOFError
-        outcomes: dict[int, gmta.Outcome] = work.get()
-        return outcomes
+        return work.get()
 
     def _left(self, work: Any) -> None:
         gevent.os.make_nonblocking(self._connection.fileno())

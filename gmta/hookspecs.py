@@ -94,7 +94,8 @@ class Transport(Protocol):
     close the connections kept for that lane, another node is to have its turn.
 
     Also `user_of(address) -> str`: the account that delivers, where its section has the key `user` and the delivery agent is there; then
-    `deliver` gets recipients of one account, in a process of that account. `longest_s`: seconds that a delivery may take.
+    `deliver` gets recipients of one account, in a process of that account; `room(address, size) -> Outcome | None`, what hinders a message now, is asked there too.
+    `longest_s`: seconds that a delivery may take.
     """
 
     concurrency: int

@@ -62,7 +62,7 @@ class Worker:
         self.plugins = PluginManager(config, self.services, self.log, self.metrics)
         for name, transport in list(self.plugins.transports.items()) if agent else ():
             if config.transports[name].get("user") and hasattr(transport, "user_of"):
-                self.plugins.transports[name] = AgentTransport(transport, agent, self.log, many=config.transports[name]["user"] == "{user}")
+                self.plugins.transports[name] = AgentTransport(name, transport, agent, self.log, many=config.transports[name]["user"] == "{user}")
         self.ids = IdSource(self.services.clock)
         self.store = self._open_store()
         self.scheduler = Scheduler(config, self.store, self.plugins, self.services, self.ids, self._shares())

@@ -18,7 +18,7 @@ followed there: whoever may write into a mailbox can't send mail elsewhere. Quot
 Dovecot's and Courier's servers keep too. Which recipients there are is left to the plugins that permit them.
 
 With `user` all this is done as that account, in the delivery agent (gmta.agent) where the workers are another; who is no account has
-550 5.1.1 and root has 550 5.7.1, and a mailbox that is full or missing is told at delivery only.
+550 5.1.1 and root has 550 5.7.1. The agent looks into mailboxes at RCPT, too.
 """
 
 from __future__ import annotations
@@ -260,9 +260,9 @@ class Maildir:
         """The account that an address's mail is delivered as; "" for our own."""
         return address.split_detail(self._separator)[0].lower() if self._own_account else self.config.user
 
-    def _become(self, recipients: list[RecipientState]) -> None:
-        """Sees that we are who these recipients' mail is delivered as; raises PermissionError, OSError where there is no such account."""
-        (name,) = {self.user_of(recipient.address) for recipient in recipients}
+    def _become(self, addresses: list[Address]) -> None:
+        """Sees that we are who mail for these is delivered as; raises PermissionError, OSError where there is no such account."""
+        (name,) = {self.user_of(address) for address in addresses}
         if name != self._is:
             try:
                 account = _account(name)
@@ -278,7 +278,7 @@ class Maildir:
         """Writes a file a recipient."""
         if self.config.user:
             try:
-                self._become(delivery.recipients)
+                self._become([recipient.address for recipient in delivery.recipients])
             except OSError as error:
                 return dict.fromkeys((recipient.number for recipient in delivery.recipients), _outcome(error))
         batch = self._batch
@@ -359,8 +359,10 @@ class Maildir:
     def room(self, address: Address, size: int) -> gmta.Outcome | None:
         """What hinders a message of that size (0: not known) now: an Outcome, or None. Raises OSError."""
         limits = self.limits(address)
-        if self.config.user or (limits is None and self.config.create):
+        if limits is None and self.config.create:
             return None
+        if self.config.user:
+            self._become([address])
         path = self.path(address)
         outcome: gmta.Outcome | None = self._services.batch("maildir quota").submit(lambda: self._room(path, limits, size))
         return outcome
@@ -849,6 +851,7 @@ class Plugin:
     def __init__(self, config: Config, services: Any) -> None:
         self._transports: dict[str, Maildir] = {}
         self._router: Any = None
+        self._rooms: dict[str, Any] = {}  # the same, or what asks the delivery agent in their place
 
     @hookimpl
     def get_transports(self, config: Any) -> dict[str, Any]:
@@ -860,6 +863,7 @@ class Plugin:
         """Learns who says which transport a recipient goes to, where there is anything to look for."""
         if any(transport.has_quota or not transport.config.create for transport in self._transports.values()):
             self._router = worker.scheduler.router
+            self._rooms = {name: transport for name, transport in worker.plugins.transports.items() if name in self._transports}
 
     @hookimpl
     def check_rcpt(self, session: Any, transaction: Any, recipient: Any) -> Verdict | None:
@@ -869,7 +873,7 @@ class Plugin:
         address = recipient.address
         state = RecipientState(0, address, transport=recipient.transport or "", fixed_transport=recipient.transport is not None)
         route = self._router.route(Envelope(transaction.id, transaction.sender, [state]), state)
-        transport = self._transports.get(route[0]) if isinstance(route, tuple) else None
+        transport = self._rooms.get(route[0]) if isinstance(route, tuple) else None
         if transport is None:
             return None
         try:

@@ -22,6 +22,7 @@ from gevent.lock import BoundedSemaphore
 
 import gmta
 from gmta.hookspecs import Delivery
+from gmta.mail.address import Address
 from gmta.mail.envelope import Envelope, RecipientState, stored_address
 from gmta.mail.message import CHUNK, FileBody, MemoryBody, Message
 from gmta.mail.reply import Reply
@@ -31,6 +32,7 @@ from gmta.services.files import write_all
 MAX_FRAME = 4 * 1024 * 1024  # octets: a hundred recipients with all that is known of them
 LONGEST_S = 300.0  # a delivery of a transport that names no other time
 GRACE_S = 30.0
+ROOM_S = 10.0
 CONCURRENCY = 32  # deliveries at a time, and connections kept: each is a process
 OF_ACCOUNT = 4  # of them for one account, where each recipient is its own
 _LENGTH = 4
@@ -148,7 +150,8 @@ class AgentTransport:
     """A transport whose deliveries the agent does. address: of the agent's socket.  many: there is an account for each recipient, and so a
     lane: whose command hangs holds up nobody else."""
 
-    def __init__(self, transport: Any, address: str, log: Any, *, many: bool = False) -> None:
+    def __init__(self, name: str, transport: Any, address: str, log: Any, *, many: bool = False) -> None:
+        self.name = name
         self.transport = transport
         self.concurrency = min(transport.concurrency, OF_ACCOUNT if many else CONCURRENCY)
         if many:
@@ -177,6 +180,15 @@ class AgentTransport:
                 outcomes |= dict.fromkeys((recipient.number for recipient in recipients), later)
         return outcomes
 
+    def room(self, address: Address, size: int) -> Outcome | None:
+        """What the transport's own `room` says, asked as the account. Raises OSError where the agent can't be asked."""
+        request = {"transport": self.name, "room": str(address), "size": size}
+        try:
+            with self._slots, gevent.Timeout(ROOM_S, TimeoutError("it gave no answer in time")):
+                return self._request(self.transport.user_of(address), request, []).get(0)
+        except (EOFError, ValueError, KeyError, TypeError) as error:
+            raise OSError(f"the delivery agent can't be asked: {error}") from error
+
     def close(self) -> None:
         """Closes kept connections."""
         for connections in self._idle.values():
@@ -190,28 +202,31 @@ class AgentTransport:
     def _ask(self, account: str, delivery: Delivery, recipients: list[RecipientState]) -> dict[int, Outcome]:
         request, files = request_of(delivery, recipients)
         try:
-            data = frame(request)
-            while True:
-                connection = self._kept(account)
-                fresh = connection is None
-                if connection is None:
-                    connection = self._connect()
-                try:
-                    answer = self._exchange(connection, data, files)
-                except BaseException as error:
-                    connection.close()
-                    if not fresh and isinstance(error, (ConnectionError, EOFError)):
-                        request["first_attempt"] = False  # the process had its time; whether it began nobody knows
-                        data = frame(request)
-                        continue
-                    raise
-                if answer["again"]:
-                    self._keep(account, connection)
-                else:
-                    connection.close()
-                return outcomes_of(answer["outcomes"])
+            return self._request(account, request, files)
         finally:
             close_all(files)
+
+    def _request(self, account: str, request: dict[str, Any], files: list[int]) -> dict[int, Outcome]:
+        """Asks over a kept connection, else over a new one."""
+        data = frame(request)
+        while True:
+            connection = self._kept(account)
+            fresh = connection is None
+            if connection is None:
+                connection = self._connect()
+            try:
+                answer = self._exchange(connection, data, files)
+            except BaseException as error:
+                connection.close()
+                if not fresh and isinstance(error, (ConnectionError, EOFError)):
+                    data = frame({**request, "first_attempt": False})  # the process had its time; whether it began nobody knows
+                    continue
+                raise
+            if answer["again"]:
+                self._keep(account, connection)
+            else:
+                connection.close()
+            return outcomes_of(answer["outcomes"])
 
     def _kept(self, account: str) -> Any:
         """A connection of this account that nobody uses, or None."""
@@ -243,7 +258,7 @@ class AgentTransport:
 
     @staticmethod
     def _exchange(connection: Any, data: bytes, files: list[int]) -> Any:
-        sent = connection.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
+        sent = connection.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else [])
         if sent < len(data):  # to send nothing would be an error too, where it has answered and gone
             connection.sendall(data[sent:])
         return read_frame(connection.recv)

@@ -45,14 +45,14 @@ def worker_user() -> str:
     return "nobody"
 
 
-def serve(gmta: Gmta, homes: Path, symlinks: str = "no") -> None:
+def serve(gmta: Gmta, homes: Path, symlinks: str = "no", quota: str = "0") -> None:
     gmta.serve(gmta.configuration(f"""
 [gmta]
 user = {worker_user()}
 log_file = /dev/null
 data_dir = {gmta.directory}/data
 [plugins]
-enable = mailboxes
+enable = mailboxes, maildir
 [queue]
 retry = 1s
 warn_after = 0
@@ -61,6 +61,7 @@ type = maildir
 path = {homes}/{{user}}/Maildir
 user = {{user}}
 symlinks = {symlinks}
+quota = {quota}
 [transport:sorted]
 type = pipe
 directory = /
@@ -112,6 +113,20 @@ def test_mail_is_written_as_its_user(gmta: Gmta, homes: Path) -> None:
     for pid in workers:
         assert f"Uid:\t{uid}\t{uid}\t{uid}" in Path(f"/proc/{pid}/status").read_text()
     assert gmta.stop() == 0
+
+
+def test_a_full_mailbox_is_told_in_the_dialogue(gmta: Gmta, homes: Path) -> None:
+    serve(gmta, homes, quota="5KB")
+    send(gmta, "games@example.test", size=3500)
+    files(homes / "games/Maildir", 1)
+    assert GAMES is not None
+    with smtplib.SMTP("127.0.0.1", gmta.port, "client.test", timeout=DEADLINE_S) as client:
+        client.ehlo()
+        client.mail("a@sender.example", ["SIZE=3000"])
+        assert client.rcpt("games@example.test") == (552, b"5.2.2 Mailbox is full")
+        assert client.rcpt("no-such-account@example.test") == (550, b"5.1.1 There is no such account")
+        assert client.rcpt("mail@example.test")[0] == 250  # whose mailbox is not there and can't be looked into
+    assert (homes / "games/Maildir/maildirsize").stat().st_uid == GAMES.pw_uid
 
 
 def test_commands_run_as_their_user(gmta: Gmta, homes: Path) -> None:

@@ -143,13 +143,13 @@ def test_an_agent_that_fails_defers(agent: Callable[[Answer], str], said: bytes)
         connection.sendall(said)
 
     log = MemoryLog()
-    outcomes = AgentTransport(Transport(), agent(answer), log).deliver(delivery())
+    outcomes = AgentTransport("mailbox", Transport(), agent(answer), log).deliver(delivery())
     assert str(outcomes[0].reply) == "451 4.3.0 The delivery agent can't be asked" and log.of("delivery agent failed")
     assert not [one for one in Path("/proc/self/fd").iterdir() if "memfd:message" in (os.readlink(one) if one.is_symlink() else "")]
 
 
 def test_there_is_no_agent(tmp_path: Path) -> None:
-    assert AgentTransport(Transport(), str(tmp_path / "none"), MemoryLog()).deliver(delivery())[0].reply.code == 451
+    assert AgentTransport("mailbox", Transport(), str(tmp_path / "none"), MemoryLog()).deliver(delivery())[0].reply.code == 451
 
 
 def test_each_account_is_asked_for_and_its_connection_kept(agent: Callable[[Answer], str]) -> None:
@@ -164,9 +164,9 @@ def test_each_account_is_asked_for_and_its_connection_kept(agent: Callable[[Answ
                 return  # its time is over, which nobody is told
 
     address = agent(answer)
-    transport = AgentTransport(Transport(), address, MemoryLog())
+    transport = AgentTransport("mailbox", Transport(), address, MemoryLog())
     assert transport.concurrency < 128 and not hasattr(transport, "next_hop")
-    many = AgentTransport(Transport(), address, MemoryLog(), many=True)
+    many = AgentTransport("mailbox", Transport(), address, MemoryLog(), many=True)
     assert many.next_hop(delivery().recipients[0].address) == "joe" and many.concurrency < transport.concurrency
     assert transport.deliver(delivery(None, "joe@example.test")).keys() == {0}
     assert transport.deliver(delivery(None, "joe+x@example.test", "Joe@example.test")).keys() == {0, 1}

@@ -711,7 +711,7 @@ other@c.example = other
 """)
         self.services = Services(config, MemoryLog(), Metrics(), hostname="mx.example")
         self.plugins = PluginManager(config, self.services, self.services.log)
-        self.plugins.on("on_worker_started", SimpleNamespace(scheduler=SimpleNamespace(router=Router(config, self.plugins))))
+        self.plugins.on("on_worker_started", SimpleNamespace(scheduler=SimpleNamespace(router=Router(config, self.plugins)), plugins=self.plugins))
 
     def rcpt(self, address: Address, size: int | None = None, transport: str | None = None) -> str:
         """The objection, or ""."""
