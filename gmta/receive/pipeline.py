@@ -256,6 +256,7 @@ class Reception:
         """The session is another client's from now on: a proxy that may say so has told us (Postfix XCLIENT_README)."""
         session, said = self.session, event.attributes
         self.forget()
+        session.notes.clear()
         self.pipeline.services.log.info("xclient", session=session.id, by=session.peer_ip, **{name.lower(): said[name] for name in said})
         if "ADDR" in said:
             session.peer_ip = said["ADDR"] or UNKNOWN_IP

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from gmta import Reply
+from gmta import Reply, hookimpl
 from gmta.hookspecs import Credentials
 from gmta.mail.reply import AUTH_FAILED, AUTH_SYNTAX
 from gmta.mail.session import Session
-from gmta.testing import FakeClock, MemoryServer, load_plugin, make_services, make_session, make_transaction
+from gmta.testing import FakeClock, MemoryServer, load_plugin, make_services, make_session, make_transaction, run
 
 USER = "user@example.test"
 
@@ -146,3 +146,26 @@ def test_who_is_locked_out_does_not_stay_connected(guard: Guarded) -> None:
     session = make_session(role="submission", peer_ip="192.0.2.1", tls=True)
     codes = [guard.plugin.permit_auth(session, Credentials("PLAIN", USER, "x")).reply.code for _ in range(2)]
     assert codes == [454, 421]
+
+
+class Noting:
+    """Notes the first client of a session."""
+
+    @hookimpl
+    def check_helo(self, session: Session) -> None:
+        session.notes.setdefault("first", session.peer_ip)
+
+
+def test_what_plugins_noted_of_a_proxy_is_not_its_clients() -> None:
+    played = run(Noting(), """
+S: 220
+C: EHLO proxy.example
+S: 250
+C: XCLIENT ADDR=198.51.100.7
+S: 220
+C: EHLO client.example.com
+S: 250
+C: QUIT
+S: 221
+""", given="[listener:mx]\naddress = 127.0.0.1:2525\nxclient_from = 192.0.2.1\n")
+    assert played.session.notes["first"] == "198.51.100.7"
