@@ -92,7 +92,7 @@ _RELEASE = ("UPDATE recipient r SET transport = CASE WHEN u.transport = '' OR r.
             "WHERE r.message = u.message AND r.number = u.number AND r.owner = u.owner",
             (Texts, Integers, Texts, Texts, Texts, Texts, Integers))
 _LATE = ("UPDATE recipient r SET status = 'delivered', attempts = u.attempts, last_reply = u.last_reply FROM unnest(%s, %s, %s, %s) "
-         "u(message, number, attempts, last_reply) WHERE r.message = u.message AND r.number = u.number AND r.owner = 0 "
+         "u(message, number, attempts, last_reply) WHERE r.message = u.message AND r.number = u.number AND r.owner + 0 = 0 "
          "AND r.status IN ('queued', 'held')", (Texts, Integers, Integers, Texts))
 _DOUBTFUL = "SELECT 1 FROM message WHERE id = ANY(%s) ORDER BY id FOR UPDATE"  # two nodes that settle the last two one after the other
 _DROP_DOUBTFUL = (
@@ -102,18 +102,19 @@ _DROP_DOUBTFUL = (
 _DROP = tuple(f"DELETE FROM {table} WHERE {column} = ANY(%s)" for table, column in (("recipient", "message"), ("message", "id")))
 _DROP_CHUNKS = "DELETE FROM chunk WHERE message = ANY(%s)"
 _WAITING = "status = 'queued' AND owner = 0"  # as the indexes have it
-# what is picked becomes the caller's, where no other node is at it
+# what is picked becomes the caller's, where no other node is at it; "+ 0" keeps from a look through all that waits
 _CLAIM = f"""
 locked AS (SELECT r.message, r.number FROM recipient r JOIN picked p ON r.message = p.message AND r.number = p.number
-  WHERE r.status = 'queued' AND r.owner = 0 FOR UPDATE OF r SKIP LOCKED),
+  WHERE r.status = 'queued' AND r.owner + 0 = 0 FOR UPDATE OF r SKIP LOCKED),
 claimed AS (UPDATE recipient r SET owner = %(me)s FROM locked l WHERE r.message = l.message AND r.number = l.number RETURNING {RECIPIENT}),
 found AS (SELECT {ENVELOPE}, m.body IS NULL, c.* FROM claimed c JOIN message m ON m.id = c.message)"""
 _DUE = f"""
 WITH head AS MATERIALIZED (SELECT message, number, lane, next_attempt_at FROM recipient WHERE {_WAITING} AND next_attempt_at <= %(now)s
   ORDER BY next_attempt_at LIMIT %(scan)s),
+room AS MATERIALIZED (SELECT %(room)s::jsonb AS of),
 ranked AS (SELECT *, row_number() OVER (PARTITION BY lane ORDER BY next_attempt_at, message, number) AS place FROM head),
-picked AS MATERIALIZED (SELECT d.message, d.number FROM ranked d LEFT JOIN unnest(%(lanes)s, %(rooms)s) u(lane, room) ON u.lane = d.lane
-  WHERE d.lane = '' OR d.place <= coalesce(u.room, %(lane_limit)s) ORDER BY d.next_attempt_at LIMIT %(limit)s),
+picked AS MATERIALIZED (SELECT d.message, d.number FROM ranked d, room
+  WHERE d.lane = '' OR d.place <= coalesce((room.of ->> d.lane)::bigint, %(lane_limit)s) ORDER BY d.next_attempt_at LIMIT %(limit)s),
 {_CLAIM}
 SELECT n.*, found.* FROM (SELECT (SELECT count(*) FROM head) AS looked, (SELECT count(*) FROM picked) AS wanted) n LEFT JOIN found ON true"""
 _DUE_BY_LANE = f"""
@@ -121,10 +122,10 @@ WITH RECURSIVE step(lane) AS (
   (SELECT lane FROM recipient WHERE {_WAITING} AND lane > %(before)s ORDER BY lane LIMIT 1) UNION ALL
   SELECT (SELECT lane FROM recipient WHERE {_WAITING} AND lane > step.lane ORDER BY lane LIMIT 1) FROM step WHERE step.lane IS NOT NULL),
 lanes AS MATERIALIZED (SELECT lane FROM step WHERE lane IS NOT NULL LIMIT %(scan)s),
-picked AS MATERIALIZED (SELECT d.message, d.number, s.lane FROM (SELECT '' AS lane UNION ALL SELECT lane FROM lanes) s
-  LEFT JOIN unnest(%(lanes)s, %(rooms)s) u(lane, room) ON u.lane = s.lane
+room AS MATERIALIZED (SELECT %(room)s::jsonb AS of),
+picked AS MATERIALIZED (SELECT d.message, d.number, s.lane FROM (SELECT '' AS lane UNION ALL SELECT lane FROM lanes) s CROSS JOIN room
   CROSS JOIN LATERAL (SELECT message, number FROM recipient WHERE {_WAITING} AND lane = s.lane AND next_attempt_at <= %(now)s
-    ORDER BY next_attempt_at LIMIT CASE WHEN s.lane = '' THEN %(limit)s ELSE coalesce(u.room, %(lane_limit)s) END) d LIMIT %(limit)s),
+    ORDER BY next_attempt_at LIMIT CASE WHEN s.lane = '' THEN %(limit)s ELSE coalesce((room.of ->> s.lane)::bigint, %(lane_limit)s) END) d LIMIT %(limit)s),
 {_CLAIM}
 SELECT n.*, found.* FROM (SELECT CASE WHEN (SELECT count(*) FROM picked) >= %(limit)s THEN (SELECT max(lane) FROM picked)
   WHEN (SELECT count(*) FROM lanes) >= %(scan)s THEN (SELECT max(lane) FROM lanes) ELSE '' END AS lane, 0) n LEFT JOIN found ON true"""
@@ -324,8 +325,10 @@ class PostgresStore:
         put = _Put(envelope, message, events, self._octets_of(message))
         try:
             self._submit(put, PUT_S)
-        except BaseException:
+        except BaseException as error:
             put.given_up = True
+            if isinstance(error, StoreFull):
+                self._full_until = time.monotonic() + FULL_S
             raise
 
     def record(self, settlement: Settlement) -> None:
@@ -970,7 +973,7 @@ class PostgresStore:
         the last search stopped, so that every lane comes to its turn however many there are and however much waits in each.
         """
         scan = limit if not room and lane_limit >= limit else SCAN + limit
-        values = {"now": now, "limit": limit, "lanes": Texts(room), "rooms": Integers(room.values()), "lane_limit": lane_limit}
+        values = {"now": now, "limit": limit, "room": json.dumps(room), "lane_limit": lane_limit}
         found: list[Envelope] = []
         for _ in range(TRIES):
             (looked, wanted), envelopes = self._claim(_DUE, values | {"scan": scan})

@@ -42,9 +42,11 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 3.0
 LISTEN_S = 20.0  # a connection that only listens is tried so often
 
-# A plan is kept as long as its connection: one made while a table was empty must not read the whole of it when it is not.
+# A plan is kept as long as its connection, and made from what is known of tables that grow and shrink by the second: all rows are found
+# by their keys, one after another, whatever the planner believes.
 _SETTINGS = {"statement_timeout": f"{STATEMENT_S:.0f}s", "lock_timeout": "10s", "idle_in_transaction_session_timeout": "15s",
-             "client_encoding": "UTF8", "timezone": "UTC", "enable_seqscan": "off", "jit": "off", "plan_cache_mode": "auto"}
+             "client_encoding": "UTF8", "timezone": "UTC", "enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off",
+             "jit": "off", "plan_cache_mode": "auto"}
 _SET = "SELECT " + ", ".join(f"set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items())
 
 

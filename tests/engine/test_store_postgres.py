@@ -22,9 +22,9 @@ from gmta.mail.message import MemoryBody, Message
 from gmta.queue import pgschema, postgres
 from gmta.queue.ids import IdSource
 from gmta.queue.postgres import PostgresStore
-from gmta.queue.store import Event, Settlement, StoreError
+from gmta.queue.store import Event, Settlement, StoreError, StoreFull
 from gmta.services.log import NullLog
-from gmta.services.postgres import Database, Integers, Texts
+from gmta.services.postgres import ARRAYS, Database, Integers, Texts, prepare
 from tests.postgresql import PostgreSQL
 
 IDS = IdSource(itertools.count(1_800_000_000).__next__, "AAAAA")
@@ -409,6 +409,25 @@ def test_a_put_that_was_given_up_is_not_in_the_queue(node: Callable[..., Node], 
     assert rows(database_url, "SELECT count(*) FROM event WHERE message = %s", env.id) == [(0,)]
 
 
+def test_a_full_disk_of_the_database_is_said_to_be_that(node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    store = node().store
+    put(store)
+    transact = store._transact
+
+    def full(statements: Any) -> Any:
+        if len(statements) > 1:
+            raise psycopg.errors.DiskFull("could not extend file")
+        return transact(statements)
+
+    monkeypatch.setattr(store, "_transact", full)
+    with pytest.raises(StoreFull):
+        put(store)
+    assert not store.has_room(1)
+    monkeypatch.undo()
+    store._full_until = 0.0
+    assert store.has_room(1) and store.holds(put(store).id)
+
+
 def test_what_a_killed_worker_of_this_machine_had_is_free_at_once(node: Callable[..., Node], tmp_path: Path, database_url: str) -> None:
     first, second = node("same"), node("same")
     env = put(first.store)
@@ -435,10 +454,9 @@ def test_no_recurring_query_reads_a_whole_table(node: Callable[..., Node], datab
             INSERT INTO recipient SELECT 'M' || lpad(i::text, 15, '0'), 0, 'x@c.example', 'queued', 0, i, 'out', 'h' || i % 1000, 'out:h' || i % 1000, '', 0, '',
               CASE WHEN i % 50 = 0 THEN OWNER ELSE 0 END FROM generate_series(1, 100000) i;
             INSERT INTO event SELECT 'M' || lpad(i::text, 15, '0'), 1, i, 'received', '{}' FROM generate_series(1, 100000) i;
-            INSERT INTO chunk SELECT 'M' || lpad(i::text, 15, '0'), 0, ''::bytea FROM generate_series(1, 20000) i;
-            ANALYZE""".replace("OWNER", str(mine)))
-        ids, lanes = Texts([f"M{n:015d}" for n in range(500, 530)]), Texts(["out:h1", "out:h2"])
-        search = {"me": mine, "now": 1e9, "limit": 200, "lanes": lanes, "rooms": Integers([0, 1]), "lane_limit": 20, "scan": 2200, "before": "out:h5"}
+            INSERT INTO chunk SELECT 'M' || lpad(i::text, 15, '0'), 0, ''::bytea FROM generate_series(1, 20000) i""".replace("OWNER", str(mine)))
+        ids = Texts([f"M{n:015d}" for n in range(500, 530)])
+        search = {"me": mine, "now": 1e9, "limit": 200, "room": '{"out:h1": 0, "out:h2": 1}', "lane_limit": 20, "scan": 2200, "before": "out:h5"}
         asked: list[tuple[str, Any]] = [
             (postgres._DUE, search), (postgres._DUE_BY_LANE, search | {"scan": 500}),
             (postgres._CLAIM_THESE, {"me": mine, "messages": ids, "numbers": Integers([0] * len(ids))}),
@@ -449,20 +467,22 @@ def test_no_recurring_query_reads_a_whole_table(node: Callable[..., Node], datab
             (postgres._DROP_CHUNKS, (ids,)), (postgres._CAME, (ids, ids))]
         for statement, kinds in (postgres._SETTLE, postgres._RELEASE, postgres._LATE):
             asked.append((statement, [Texts(ids) if kind is Texts else kind([0] * len(ids)) for kind in kinds]))
-        for kind, dumper in postgres_arrays().items():
+        for kind, dumper in ARRAYS.items():
             connection.adapters.register_dumper(kind, dumper)
+        with psycopg.connect(database_url, autocommit=True) as own:  # as the store has it, before anything is known of the tables
+            prepare(own)
+            for statement, values in asked[:2]:
+                with own.transaction(force_rollback=True):
+                    plan = "\n".join(row[0] for row in own.execute("EXPLAIN " + statement, values))
+                locked = plan.partition("CTE locked")[2].partition("CTE claimed")[0]
+                assert "recipient_pkey" in locked and "recipient_lane" not in locked and "Seq Scan on recipient" not in plan, plan
+        connection.execute("ANALYZE")
         for statement, values in asked:
             with connection.transaction(force_rollback=True):
                 plan = "\n".join(row[0] for row in connection.execute("EXPLAIN " + statement, values))
             for table in ("message", "recipient", "event", "chunk"):
                 assert f"Seq Scan on {table} " not in plan and f"Seq Scan on {table}\n" not in plan, f"{statement}\n{plan}"
         connection.execute("UPDATE recipient SET owner = 0 WHERE owner <> 0")
-
-
-def postgres_arrays() -> dict[Any, Any]:
-    from gmta.services.postgres import ARRAYS
-
-    return dict(ARRAYS)
 
 
 def test_the_schema_is_made_once_by_many(database_url: str) -> None:
