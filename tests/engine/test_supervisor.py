@@ -6,16 +6,17 @@ tests run the real `gmta serve` with sockets that a service manager would pass.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import pwd
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -136,6 +137,17 @@ def turn(supervisor: Supervisor, ready: Callable[[], bool], what: str) -> None:
         return ready()
 
     until(look, what)
+
+
+def made_for_workers() -> set[str]:
+    """The pipes and snapshots that are open, by what they are: what other tests left may be closed at any time, and numbers are used again."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            found.add(os.readlink(f"/proc/self/fd/{number}"))
+        except FileNotFoundError:
+            pass  # that of the listing itself
+    return {what for what in found if what.startswith(("pipe:", "/memfd:gmta"))}
 
 
 def pids(supervisor: Supervisor) -> list[int]:
@@ -347,13 +359,12 @@ def test_a_reload_asked_for_during_a_reload_is_made_afterwards(site: Site) -> No
 def test_workers_that_cannot_be_started_at_all(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     supervisor = site.started()
     before, command = pids(supervisor), supervisor._command
-    gc.collect()  # what other tests left open is closed before it is counted
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = made_for_workers()
     supervisor._command = ("/nowhere/python",)
     supervisor.act(signal.SIGHUP)
     assert pids(supervisor) == before and supervisor._reload is None
     assert "[gmta] workers: can't be started: No such file or directory: /nowhere/python" in capfd.readouterr().err
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert made_for_workers() <= descriptors
     supervisor.workers[0].signal(signal.SIGKILL)
     turn(supervisor, lambda: supervisor.workers == [] and supervisor._restart_at != {}, "death")
     assert "worker can't be started" in capfd.readouterr().err
@@ -367,6 +378,57 @@ def test_workers_that_cannot_be_started_at_all(site: Site, capfd: pytest.Capture
     with pytest.raises(ConfigError, match="can't be started"):
         other.start()
     other.act(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1"])
+def test_two_that_start_at_once_never_share_a_port(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One who has bound loses to one who listens before; who has the port shares it with those alone who ask for a share."""
+    port = free_port()
+    winner: list[socket.socket] = []
+
+    class Slow(socket.socket):
+        def listen(self, *backlog: int) -> None:
+            if not winner:
+                winner.append(self)
+                winner[0] = module.listen(host, port, first=True)
+            super().listen(*backlog)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.socket, "socket", Slow)
+        with pytest.raises(OSError, match="Address already in use"):
+            module.listen(host, port, first=True)
+    with winner[0], module.listen(host, port) as sibling:
+        for _ in range(2):
+            with pytest.raises(OSError, match="Address already in use"):
+                module.listen(host, port, first=True)
+        seen = set()
+        for _ in range(200):  # the kernel shares them out by the client's port
+            with socket.create_connection(("::1" if ":" in host else "127.0.0.1", port)):
+                taken = next(one for one in select.select([winner[0], sibling], [], [], DEADLINE_S)[0])
+                taken.accept()[0].close()
+                seen.add(taken)
+        assert seen == {winner[0], sibling}
+
+
+def test_of_many_that_start_at_once_one_gets_the_port() -> None:
+    port, begin = free_port(), threading.Barrier(8)
+    got: list[socket.socket] = []
+
+    def start() -> None:
+        begin.wait()
+        try:
+            got.append(module.listen("127.0.0.1", port, first=True))
+        except OSError:
+            pass
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for sock in got:
+        sock.close()
+    assert len(got) == 1
 
 
 # --- what stops a start -----------------------------------------------------------------------------------------
