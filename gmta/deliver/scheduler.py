@@ -333,7 +333,9 @@ class Scheduler:
         self._octets -= job.octets
         if self._left_in_store:
             self._done_since += len(job.recipients)
-            if self._done_since * 2 >= self._taken and self._done_since * 8 >= self._window:
+            # where the store gave nothing last time, and fresh mail fills the window, the next tick is soon enough
+            soon = self._taken or self._waiting < self._window
+            if soon and self._done_since * 2 >= self._taken and self._done_since * 8 >= self._window:
                 self._wake.set()
 
     def _judge(self) -> None:
