@@ -121,7 +121,16 @@ directory {self._folder}/data
 access to attrs=userPassword by anonymous auth by * none
 access to * by dn.exact="{ADMIN}" read by * none
 """)
-        (self._folder / "entries.ldif").write_text(ENTRIES)
+        self.elsewhere = socket.create_server(("127.0.0.1", 0))  # where a referral points
+        self.elsewhere.setblocking(False)
+        referral = f"""
+dn: ou=elsewhere,{BASE}
+objectClass: referral
+objectClass: extensibleObject
+ou: elsewhere
+ref: ldap://127.0.0.1:{self.elsewhere.getsockname()[1]}/ou=elsewhere,{BASE}
+"""
+        (self._folder / "entries.ldif").write_text(ENTRIES + referral)
         subprocess.run([program("slapadd"), "-q", "-f", str(self._config), "-l", str(self._folder / "entries.ldif")], check=True,
                        capture_output=True, timeout=DEADLINE_S)
         self._process: subprocess.Popen[bytes] | None = None
@@ -142,13 +151,17 @@ access to * by dn.exact="{ADMIN}" read by * none
             self._process.wait(DEADLINE_S)
             self._process = None
 
+    def close(self) -> None:
+        self.stop()
+        self.elsewhere.close()
+
 
 @pytest.fixture
 def slapd(directory: Path) -> Iterator[Slapd]:
     """A directory with the entries above."""
     server = Slapd(directory)
     yield server
-    server.stop()
+    server.close()
 
 
 def client(slapd: Slapd, **keys: Any) -> Any:
@@ -185,6 +198,17 @@ def test_names_are_values_and_nothing_more(slapd: Slapd) -> None:
     assert ask(plugin, "twin")[0] is None  # of two, nobody knows which
     with pytest.raises(Exception, match="has no mail"):
         ask(plugin, "nameless")
+
+
+def test_referrals_are_not_followed(slapd: Slapd) -> None:
+    """Whoever writes to the directory would learn passwords."""
+    plugin = client(slapd)
+    assert ask(plugin)[0] is not None
+    assert ask(plugin, "elsewhere@example.test")[0] is None
+    with pytest.raises(Exception, match="referral"):
+        ask(client(slapd, base_dn=f"ou=elsewhere,{BASE}"))
+    with pytest.raises(BlockingIOError):
+        slapd.elsewhere.accept()
 
 
 def test_addresses_are_left_for_others(slapd: Slapd) -> None:
