@@ -31,24 +31,13 @@ from psycopg import errors
 
 from gmta.mail.envelope import DELIVERED, FAILED, Envelope, RecipientState
 from gmta.mail.message import FileBody, MemoryBody, Message
-from gmta.queue import pgschema
+from gmta.queue import pgschema, pgsql
 from gmta.queue.ids import time_prefix
-from gmta.queue.pgschema import BODY_IN_ROW, CHUNK, ENVELOPE, OCTETS, RECIPIENT, storable
+from gmta.queue.pgschema import BODY_IN_ROW, CHUNK, storable
 from gmta.queue.store import Event, Settlement, StoreError, StoreFull
 from gmta.services.files import NO_ROOM, write_all
 from gmta.services.log import Log
-from gmta.services.postgres import (
-    Connection,
-    Database,
-    DatabaseDown,
-    Floats,
-    Gather,
-    Integers,
-    Octets,
-    Texts,
-    columns,
-    is_lost,
-)
+from gmta.services.postgres import Connection, Database, DatabaseDown, Gather, Integers, Texts, columns, is_lost
 
 LINGER_S = 0.0005  # a transaction waits so long for company; more comes while the one before is under way
 PUT_S = 100.0  # a client is told that it must come again when it is not known after so long what became of its message
@@ -66,99 +55,6 @@ AGAIN = 3  # times that something undone is tried
 TRIES = 4  # of a claim, where other nodes were faster
 _json = json.JSONEncoder(default=str, separators=(",", ":")).encode
 _LOCK = re.compile(r"worker-([0-9a-f]+)\.lock\Z")
-
-_FENCE = ("WITH mine AS (UPDATE worker SET batch = %s, lease_until = clock_timestamp() + make_interval(secs => %s) WHERE id = %s RETURNING 1) "
-          "SELECT 1 / count(*) FROM mine")
-_HOLD = "SELECT 1 / count(*) FROM (SELECT 1 FROM worker WHERE id = %s FOR KEY SHARE) mine"
-_PUT_MESSAGES = ("INSERT INTO message SELECT * FROM unnest(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
-                 (Texts, Texts, Integers, Floats, Integers, Texts, Octets, Integers, Octets, Integers))
-_PUT_RECIPIENTS = ("INSERT INTO recipient SELECT * FROM unnest(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
-                   (Texts, Integers, Texts, Texts, Integers, Floats, Texts, Texts, Texts, Texts, Integers, Texts, Integers))
-_PUT_EVENTS = ("INSERT INTO event SELECT * FROM unnest(%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING", (Texts, Integers, Floats, Texts, Texts))
-# existing rows only: what an operator deleted, held or bounced meanwhile stays so
-_SETTLE = ("UPDATE recipient r SET status = CASE WHEN r.status = 'held' AND u.status = 'queued' THEN 'held' ELSE u.status END, "
-           "attempts = u.attempts, next_attempt_at = CASE WHEN r.transport = 'fail' THEN r.next_attempt_at ELSE u.at END, "
-           "transport = CASE WHEN r.transport = 'fail' THEN r.transport ELSE u.transport END, "
-           "next_hop = CASE WHEN r.transport = 'fail' THEN r.next_hop ELSE u.next_hop END, "
-           "lane = CASE WHEN r.transport = 'fail' THEN r.lane ELSE u.lane END, last_reply = u.last_reply, warned = u.warned, owner = 0 "
-           "FROM unnest(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) u(message, number, status, attempts, at, transport, next_hop, lane, last_reply, warned) "
-           "WHERE r.message = u.message AND r.number = u.number",
-           (Texts, Integers, Texts, Integers, Floats, Texts, Texts, Texts, Texts, Integers))
-_RELEASE = ("UPDATE recipient r SET transport = CASE WHEN u.transport = '' OR r.transport = 'fail' THEN r.transport ELSE u.transport END, "
-            "next_hop = CASE WHEN u.transport = '' OR r.transport = 'fail' THEN r.next_hop ELSE u.next_hop END, "
-            "lane = CASE WHEN u.transport = '' OR r.transport = 'fail' THEN r.lane ELSE u.lane END, "
-            "last_reply = CASE WHEN u.transport = '' OR r.transport = 'fail' THEN r.last_reply ELSE u.last_reply END, owner = 0 "
-            "FROM unnest(%s, %s, %s, %s, %s, %s, %s) u(message, number, transport, next_hop, lane, last_reply, owner) "
-            "WHERE r.message = u.message AND r.number = u.number AND r.owner = u.owner",
-            (Texts, Integers, Texts, Texts, Texts, Texts, Integers))
-_LATE = ("UPDATE recipient r SET status = 'delivered', attempts = u.attempts, last_reply = u.last_reply FROM unnest(%s, %s, %s, %s) "
-         "u(message, number, attempts, last_reply) WHERE r.message = u.message AND r.number = u.number AND r.owner + 0 = 0 "
-         "AND r.status IN ('queued', 'held')", (Texts, Integers, Integers, Texts))
-_DOUBTFUL = "SELECT 1 FROM message WHERE id = ANY(%s) ORDER BY id FOR UPDATE"  # two nodes that settle the last two one after the other
-_DROP_DOUBTFUL = (
-    "WITH gone AS (DELETE FROM message m WHERE m.id = ANY(%s) AND NOT EXISTS "
-    "(SELECT 1 FROM recipient r WHERE r.message = m.id AND r.status IN ('queued', 'held')) RETURNING m.id), "
-    "pieces AS (DELETE FROM chunk c USING gone WHERE c.message = gone.id) DELETE FROM recipient r USING gone WHERE r.message = gone.id")
-_DROP = tuple(f"DELETE FROM {table} WHERE {column} = ANY(%s)" for table, column in (("recipient", "message"), ("message", "id")))
-_DROP_CHUNKS = "DELETE FROM chunk WHERE message = ANY(%s)"
-_WAITING = "status = 'queued' AND owner = 0"  # as the indexes have it
-# what is picked becomes the caller's, where no other node is at it; "+ 0" keeps from a look through all that waits
-_CLAIM = f"""
-locked AS (SELECT r.message, r.number FROM recipient r JOIN picked p ON r.message = p.message AND r.number = p.number
-  WHERE r.status = 'queued' AND r.owner + 0 = 0 FOR UPDATE OF r SKIP LOCKED),
-claimed AS (UPDATE recipient r SET owner = %(me)s FROM locked l WHERE r.message = l.message AND r.number = l.number RETURNING {RECIPIENT}),
-found AS (SELECT {ENVELOPE}, m.body IS NULL, c.* FROM claimed c JOIN message m ON m.id = c.message)"""
-_DUE = f"""
-WITH head AS MATERIALIZED (SELECT message, number, lane, next_attempt_at FROM recipient WHERE {_WAITING} AND next_attempt_at <= %(now)s
-  ORDER BY next_attempt_at LIMIT %(scan)s),
-room AS MATERIALIZED (SELECT %(room)s::jsonb AS of),
-ranked AS (SELECT *, row_number() OVER (PARTITION BY lane ORDER BY next_attempt_at, message, number) AS place FROM head),
-picked AS MATERIALIZED (SELECT d.message, d.number FROM ranked d, room
-  WHERE d.lane = '' OR d.place <= coalesce((room.of ->> d.lane)::bigint, %(lane_limit)s) ORDER BY d.next_attempt_at LIMIT %(limit)s),
-{_CLAIM}
-SELECT n.*, found.* FROM (SELECT (SELECT count(*) FROM head) AS looked, (SELECT count(*) FROM picked) AS wanted) n LEFT JOIN found ON true"""
-_DUE_BY_LANE = f"""
-WITH RECURSIVE step(lane) AS (
-  (SELECT lane FROM recipient WHERE {_WAITING} AND lane > %(before)s ORDER BY lane LIMIT 1) UNION ALL
-  SELECT (SELECT lane FROM recipient WHERE {_WAITING} AND lane > step.lane ORDER BY lane LIMIT 1) FROM step WHERE step.lane IS NOT NULL),
-lanes AS MATERIALIZED (SELECT lane FROM step WHERE lane IS NOT NULL LIMIT %(scan)s),
-room AS MATERIALIZED (SELECT %(room)s::jsonb AS of),
-picked AS MATERIALIZED (SELECT d.message, d.number, s.lane FROM (SELECT '' AS lane UNION ALL SELECT lane FROM lanes) s CROSS JOIN room
-  CROSS JOIN LATERAL (SELECT message, number FROM recipient WHERE {_WAITING} AND lane = s.lane AND next_attempt_at <= %(now)s
-    ORDER BY next_attempt_at LIMIT CASE WHEN s.lane = '' THEN %(limit)s ELSE coalesce((room.of ->> s.lane)::bigint, %(lane_limit)s) END) d LIMIT %(limit)s),
-{_CLAIM}
-SELECT n.*, found.* FROM (SELECT CASE WHEN (SELECT count(*) FROM picked) >= %(limit)s THEN (SELECT max(lane) FROM picked)
-  WHEN (SELECT count(*) FROM lanes) >= %(scan)s THEN (SELECT max(lane) FROM lanes) ELSE '' END AS lane, 0) n LEFT JOIN found ON true"""
-_CLAIM_THESE = (f"WITH picked AS (SELECT * FROM unnest(%(messages)s, %(numbers)s) p(message, number)), {_CLAIM} "
-                "SELECT n.*, found.* FROM (SELECT 0, 0) n LEFT JOIN found ON true")
-_OVERDUE = ("SELECT message, number, status = 'queued' AND owner = 0 AND next_attempt_at <= %(now)s AND (message < %(old)s OR "
-            "(warned = 0 AND message < %(unwarned)s) OR (message < %(reports)s AND (SELECT sender FROM message WHERE id = r.message) = '')) "
-            "FROM recipient r WHERE message > %(judged)s AND message < %(youngest)s ORDER BY message, number LIMIT %(scan)s")
-_OCTETS_OF = f"SELECT id, {OCTETS} FROM message WHERE id = ANY(%s)"
-_NEXT_DUE = f"SELECT next_attempt_at FROM recipient WHERE {_WAITING} ORDER BY next_attempt_at LIMIT 1"
-_CHANGES = "SELECT value, coalesce((SELECT draining FROM node WHERE name = %s), false) FROM counter WHERE name = 'changes'"
-_RECIPIENTS = f"SELECT {RECIPIENT} FROM recipient r WHERE message = %s ORDER BY number"
-_OWNED = "SELECT message, number FROM recipient WHERE owner = %s"
-_ORPHANS = """
-WITH RECURSIVE step(owner) AS ((SELECT owner FROM recipient WHERE owner <> 0 ORDER BY owner LIMIT 1) UNION ALL
-  SELECT (SELECT owner FROM recipient WHERE owner <> 0 AND owner > step.owner ORDER BY owner LIMIT 1) FROM step WHERE step.owner IS NOT NULL)
-SELECT owner FROM step WHERE owner IS NOT NULL AND NOT EXISTS (SELECT 1 FROM worker WHERE id = step.owner)"""
-_FREE = """
-WITH chosen AS (SELECT message, number FROM recipient WHERE owner <> 0 AND owner = %s LIMIT %s FOR UPDATE SKIP LOCKED)
-UPDATE recipient r SET owner = 0 FROM chosen s WHERE r.message = s.message AND r.number = s.number RETURNING r.message"""
-_PURGE = """
-WITH old AS MATERIALIZED (SELECT ctid AS place, message FROM event WHERE message > %s AND message < %s ORDER BY message, n LIMIT %s),
-gone AS (DELETE FROM event WHERE ctid = ANY(ARRAY(
-  SELECT place FROM old o WHERE (SELECT 1 FROM message m WHERE m.id = o.message) IS NULL)))
-SELECT count(*), max(message) FROM old"""
-_DEAD = """
-DELETE FROM worker WHERE id IN (SELECT id FROM worker WHERE id = ANY(%s) OR (id = ANY(%s) AND lease_until < clock_timestamp())
-  FOR UPDATE SKIP LOCKED) RETURNING id, node, tag"""
-# what a lost connection of ours left running ends before it is asked what became of it
-_END_OLD = """SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-WHERE application_name = %s AND usename = current_user AND pid <> pg_backend_pid()"""
-_CAME = "SELECT id FROM message WHERE id = ANY(%s) UNION SELECT message FROM event WHERE message = ANY(%s)"
-
 
 class _Claim:
     """What is claimed of one message. owner: in whose name.  open: recipients not settled yet, None where not known.
@@ -359,7 +255,7 @@ class PostgresStore:
 
     def next_due_at(self) -> float | None:
         """See Store.next_due_at."""
-        row = self._ask(_NEXT_DUE, ())
+        row = self._ask(pgsql.NEXT_DUE, ())
         return None if row is None else float(row[0])
 
     def release(self, envelope: Envelope) -> None:
@@ -391,7 +287,7 @@ class PostgresStore:
         self._known()
         try:
             with self._database.use() as connection:
-                return [pgschema.recipient_of(row) for row in connection.execute(_RECIPIENTS, (queue_id,), binary=True)]
+                return [pgschema.recipient_of(row) for row in connection.execute(pgsql.RECIPIENTS, (queue_id,), binary=True)]
         except (psycopg.Error, DatabaseDown) as error:
             raise StoreError(str(error)) from error
 
@@ -405,7 +301,7 @@ class PostgresStore:
 
     def changed_outside(self) -> bool:
         """See Store.changed_outside."""
-        row = self._ask(_CHANGES, (self._node,))
+        row = self._ask(pgsql.CHANGES, (self._node,))
         value, draining = (int(row[0]), bool(row[1])) if row is not None else (0, False)
         if draining != self._draining:
             self._draining = draining
@@ -465,7 +361,7 @@ class PostgresStore:
         connection = self._connection
         if connection is not None and not self._database.down:
             try:
-                while connection.execute(_FREE, (self._id, SLICE)).rowcount == SLICE:
+                while connection.execute(pgsql.FREE, (self._id, SLICE)).rowcount == SLICE:
                     pass
                 connection.execute("DELETE FROM worker WHERE id = %s", (self._id,))
                 connection.execute("SELECT pg_notify(%s, %s)", (pgschema.CHANNEL, "due"))
@@ -621,7 +517,7 @@ class PostgresStore:
         self._drop_connection()
         connection = self._database.connect(f"writer {self._tag} ")
         try:
-            connection.execute(_END_OLD, (connection.info.parameter_status("application_name"),))
+            connection.execute(pgsql.END_OLD, (connection.info.parameter_status("application_name"),))
             if not self._migrated:
                 pgschema.migrate(connection)
                 self._migrated = True
@@ -670,7 +566,7 @@ class PostgresStore:
                 self._reconcile(connection)
         self._batch += 1
         began = time.monotonic()
-        fence = (_FENCE, (self._batch, self._lease_s, self._id))
+        fence = (pgsql.FENCE, (self._batch, self._lease_s, self._id))
         try:
             with connection.pipeline():
                 cursors = [connection.execute(statement, values, binary=True) for statement, values in (*statements, fence)]
@@ -735,7 +631,7 @@ class PostgresStore:
 
     def _reconcile(self, connection: Connection) -> None:
         """Gives back what is claimed in our name without our knowledge: the answer was lost, or our giving it back was."""
-        strange = [row for row in connection.execute(_OWNED, (self._id,), binary=True)
+        strange = [row for row in connection.execute(pgsql.OWNED, (self._id,), binary=True)
                    if row[0] not in self._claims or row[1] not in self._claims[row[0]].numbers]
         if strange:
             connection.execute("UPDATE recipient r SET owner = 0 FROM unnest(%s, %s) u(message, number) WHERE r.message = u.message "
@@ -776,16 +672,16 @@ class PostgresStore:
             events += self._event_rows(operation.events)
         statements: list[tuple[str, Any]] = [
             (statement, columns(rows, *kinds)) for rows, (statement, kinds) in (
-                (messages, _PUT_MESSAGES), (recipients, _PUT_RECIPIENTS), (events, _PUT_EVENTS)) if rows]
+                (messages, pgsql.PUT_MESSAGES), (recipients, pgsql.PUT_RECIPIENTS), (events, pgsql.PUT_EVENTS)) if rows]
         if doubtful:
-            statements.append((_DOUBTFUL, (Texts(doubtful),)))
-        statements += [(statement, columns(rows, *kinds)) for rows, (statement, kinds) in ((updates, _SETTLE), (released, _RELEASE)) if rows]
+            statements.append((pgsql.DOUBTFUL, (Texts(doubtful),)))
+        statements += [(statement, columns(rows, *kinds)) for rows, (statement, kinds) in ((updates, pgsql.SETTLE), (released, pgsql.RELEASE)) if rows]
         if doubtful:
-            statements.append((_DROP_DOUBTFUL, (Texts(doubtful),)))
+            statements.append((pgsql.DROP_DOUBTFUL, (Texts(doubtful),)))
         if doomed or undone:
-            statements += [(statement, (Texts(doomed + undone),)) for statement in _DROP]
+            statements += [(statement, (Texts(doomed + undone),)) for statement in pgsql.DROP]
         if pieces or undone:
-            statements.append((_DROP_CHUNKS, (Texts(pieces + undone),)))
+            statements.append((pgsql.DROP_CHUNKS, (Texts(pieces + undone),)))
         if undone:
             statements.append(("DELETE FROM event WHERE message = ANY(%s)", (Texts(undone),)))
         if released and time.monotonic() - self._notified_at > 1.0:
@@ -852,10 +748,10 @@ class PostgresStore:
         rows = [(queue_id, r.number, r.attempts, storable(r.last_reply)) for r in settlement.changed if r.status == DELIVERED]
         self._log.warning("result of a claim that was taken over", id=queue_id, recipients=len(settlement.changed), delivered=len(rows))
         if rows:
-            statement, kinds = _LATE
+            statement, kinds = pgsql.LATE
             events = self._event_rows(event for event in settlement.events if event.kind == DELIVERED)
-            self._transact([(_DOUBTFUL, (Texts([queue_id]),)), (statement, columns(rows, *kinds)), (_DROP_DOUBTFUL, (Texts([queue_id]),)),
-                            *([(_PUT_EVENTS[0], columns(events, *_PUT_EVENTS[1]))] if events else [])])
+            self._transact([(pgsql.DOUBTFUL, (Texts([queue_id]),)), (statement, columns(rows, *kinds)), (pgsql.DROP_DOUBTFUL, (Texts([queue_id]),)),
+                            *([(pgsql.PUT_EVENTS[0], columns(events, *pgsql.PUT_EVENTS[1]))] if events else [])])
         self._unclaim(queue_id, {r.number for r in settlement.changed})
 
     def _came(self, ids: list[str]) -> bool:
@@ -863,7 +759,7 @@ class PostgresStore:
         while ids:
             try:
                 with self._reading() as connection:
-                    return connection.execute(_CAME, (Texts(ids), Texts(ids))).fetchone() is not None
+                    return connection.execute(pgsql.CAME, (Texts(ids), Texts(ids))).fetchone() is not None
             except DatabaseDown:
                 self._turn_away()
                 self._database.wait_until_up(RESOLVE_S)
@@ -898,12 +794,12 @@ class PostgresStore:
                     for n, piece in enumerate(_pieces(message.body)):
                         connection.execute("INSERT INTO chunk VALUES (%s, %s, %b)", (envelope.id, n, piece))
                         gevent.sleep(0)
-                    for rows, (statement, kinds) in (([_message_row(envelope, message, None)], _PUT_MESSAGES),
-                                                     ([pgschema.recipient_row(envelope.id, r, self._id) for r in envelope.recipients], _PUT_RECIPIENTS),
-                                                     (self._event_rows(events), _PUT_EVENTS)):
+                    for rows, (statement, kinds) in (([_message_row(envelope, message, None)], pgsql.PUT_MESSAGES),
+                                                     ([pgschema.recipient_row(envelope.id, r, self._id) for r in envelope.recipients], pgsql.PUT_RECIPIENTS),
+                                                     (self._event_rows(events), pgsql.PUT_EVENTS)):
                         if rows:
                             connection.execute(statement, columns(rows, *kinds))
-                    connection.execute(_HOLD, (self._id,))
+                    connection.execute(pgsql.HOLD, (self._id,))
         except DatabaseDown:
             if pid is None or not self._is_there(envelope.id, pid, name):
                 raise
@@ -918,7 +814,7 @@ class PostgresStore:
                 with self._database.use() as connection:
                     connection.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE pid = %s AND application_name = %s "
                                        "AND pid <> pg_backend_pid()", (pid, name))
-                    return connection.execute(_CAME, (Texts([queue_id]), Texts([queue_id]))).fetchone() is not None
+                    return connection.execute(pgsql.CAME, (Texts([queue_id]), Texts([queue_id]))).fetchone() is not None
             except (psycopg.Error, DatabaseDown):
                 gevent.sleep(0.1)
         self._undo.add(queue_id)
@@ -963,7 +859,7 @@ class PostgresStore:
     def _read(self, ids: list[str]) -> list[Any]:
         """The octets of several messages."""
         with self._database.use() as connection:
-            rows = {row[0]: row[1:] for row in connection.execute(_OCTETS_OF, (Texts(ids),), binary=True)}
+            rows = {row[0]: row[1:] for row in connection.execute(pgsql.OCTETS_OF, (Texts(ids),), binary=True)}
         return [rows.get(queue_id) for queue_id in ids]
 
     def _due(self, now: float, limit: int, room: dict[str, int], lane_limit: int) -> list[Envelope]:
@@ -976,14 +872,14 @@ class PostgresStore:
         values = {"now": now, "limit": limit, "room": json.dumps(room), "lane_limit": lane_limit}
         found: list[Envelope] = []
         for _ in range(TRIES):
-            (looked, wanted), envelopes = self._claim(_DUE, values | {"scan": scan})
+            (looked, wanted), envelopes = self._claim(pgsql.DUE, values | {"scan": scan})
             found += envelopes
             taken = sum(len(envelope.recipients) for envelope in envelopes)
             values["limit"] = limit = limit - taken
             if taken == wanted or limit <= 0:
                 break  # no other node was at the same ones
         if limit > 0 and looked >= scan > SCAN and wanted < scan:
-            (self._lane, _), envelopes = self._claim(_DUE_BY_LANE, values | {"before": self._lane, "scan": LANES})
+            (self._lane, _), envelopes = self._claim(pgsql.DUE_BY_LANE, values | {"before": self._lane, "scan": LANES})
             found += envelopes
         return found
 
@@ -1011,7 +907,7 @@ class PostgresStore:
     def _overdue(self, now: float, unwarned_before: float, before: float, reports_before: float, limit: int) -> list[Envelope]:
         unwarned, old, reports = (time_prefix(at) if at > 0 else "" for at in (unwarned_before, before, reports_before))
         with self._reading() as connection:
-            rows = connection.execute(_OVERDUE, {"now": now, "old": old, "unwarned": unwarned, "reports": reports, "judged": self._judged,
+            rows = connection.execute(pgsql.OVERDUE, {"now": now, "old": old, "unwarned": unwarned, "reports": reports, "judged": self._judged,
                                                  "youngest": max(unwarned, old, reports), "scan": SCAN}, binary=True).fetchall()
         wanted: list[tuple[str, int]] = []
         queue_id = ""
@@ -1025,7 +921,7 @@ class PostgresStore:
         if not wanted:
             return []
         messages, numbers = columns(wanted, Texts, Integers)
-        return self._claim(_CLAIM_THESE, {"messages": messages, "numbers": numbers})[1]
+        return self._claim(pgsql.CLAIM_THESE, {"messages": messages, "numbers": numbers})[1]
 
     def _adopt(self) -> int:
         """Ends the leases of dead workers and frees what they had claimed."""
@@ -1037,16 +933,16 @@ class PostgresStore:
             ours = [id for id, home, tag in others if home == self._home and self._is_dead(tag)]
             # after an outage of the database the others need time to prolong theirs
             theirs = [id for id, _, _ in others] if now - self._steady_since >= self._lease_s else []
-            dead = connection.execute(_DEAD, (ours, theirs)).fetchall() if ours or theirs else []
+            dead = connection.execute(pgsql.DEAD, (ours, theirs)).fetchall() if ours or theirs else []
             for id, node, tag in dead:
                 self._log.warning("worker dead, its claims are free", node=node, worker=id)
                 connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE %s AND usename = current_user",
                                    (f"gmta writer {tag} %",))
             if dead or now - self._orphans_at > ORPHANS_S:
                 self._orphans_at = now
-                for (owner,) in connection.execute(_ORPHANS).fetchall():
+                for (owner,) in connection.execute(pgsql.ORPHANS).fetchall():
                     while True:
-                        freed = connection.execute(_FREE, (owner, SLICE)).fetchall()
+                        freed = connection.execute(pgsql.FREE, (owner, SLICE)).fetchall()
                         count += len({message for (message,) in freed})
                         if len(freed) < SLICE:
                             break
@@ -1064,7 +960,7 @@ class PostgresStore:
         before = time_prefix(now - self._history_s)
         for _ in range(PURGES):
             with self._database.use() as connection:
-                row = connection.execute(_PURGE, (self._purged, before, PURGE)).fetchone()
+                row = connection.execute(pgsql.PURGE, (self._purged, before, PURGE)).fetchone()
             if row is None or row[0] < PURGE:
                 self._purged = ""
                 return

@@ -19,7 +19,7 @@ import pytest
 from gmta.mail.address import Address
 from gmta.mail.envelope import DELIVERED, QUEUED, Envelope, RecipientState
 from gmta.mail.message import MemoryBody, Message
-from gmta.queue import pgschema, postgres
+from gmta.queue import pgschema, pgsql, postgres
 from gmta.queue.ids import IdSource
 from gmta.queue.postgres import PostgresStore
 from gmta.queue.store import Event, Settlement, StoreError, StoreFull
@@ -458,14 +458,14 @@ def test_no_recurring_query_reads_a_whole_table(node: Callable[..., Node], datab
         ids = Texts([f"M{n:015d}" for n in range(500, 530)])
         search = {"me": mine, "now": 1e9, "limit": 200, "room": '{"out:h1": 0, "out:h2": 1}', "lane_limit": 20, "scan": 2200, "before": "out:h5"}
         asked: list[tuple[str, Any]] = [
-            (postgres._DUE, search), (postgres._DUE_BY_LANE, search | {"scan": 500}),
-            (postgres._CLAIM_THESE, {"me": mine, "messages": ids, "numbers": Integers([0] * len(ids))}),
-            (postgres._OVERDUE, {"now": 1e9, "old": "N", "unwarned": "N", "reports": "N", "judged": "M000000000000500", "youngest": "N", "scan": 2000}),
-            (postgres._NEXT_DUE, ()), (postgres._OCTETS_OF, (ids,)), (postgres._RECIPIENTS, (ids[0],)), (postgres._OWNED, (mine,)),
-            (postgres._ORPHANS, ()), (postgres._FREE, (mine, 5000)), (postgres._PURGE, ("M000000000001000", "M000000000050000", 2000)),
-            (postgres._DOUBTFUL, (ids,)), (postgres._DROP_DOUBTFUL, (ids,)), *((statement, (ids,)) for statement in postgres._DROP),
-            (postgres._DROP_CHUNKS, (ids,)), (postgres._CAME, (ids, ids))]
-        for statement, kinds in (postgres._SETTLE, postgres._RELEASE, postgres._LATE):
+            (pgsql.DUE, search), (pgsql.DUE_BY_LANE, search | {"scan": 500}),
+            (pgsql.CLAIM_THESE, {"me": mine, "messages": ids, "numbers": Integers([0] * len(ids))}),
+            (pgsql.OVERDUE, {"now": 1e9, "old": "N", "unwarned": "N", "reports": "N", "judged": "M000000000000500", "youngest": "N", "scan": 2000}),
+            (pgsql.NEXT_DUE, ()), (pgsql.OCTETS_OF, (ids,)), (pgsql.RECIPIENTS, (ids[0],)), (pgsql.OWNED, (mine,)),
+            (pgsql.ORPHANS, ()), (pgsql.FREE, (mine, 5000)), (pgsql.PURGE, ("M000000000001000", "M000000000050000", 2000)),
+            (pgsql.DOUBTFUL, (ids,)), (pgsql.DROP_DOUBTFUL, (ids,)), *((statement, (ids,)) for statement in pgsql.DROP),
+            (pgsql.DROP_CHUNKS, (ids,)), (pgsql.CAME, (ids, ids))]
+        for statement, kinds in (pgsql.SETTLE, pgsql.RELEASE, pgsql.LATE):
             asked.append((statement, [Texts(ids) if kind is Texts else kind([0] * len(ids)) for kind in kinds]))
         for kind, dumper in ARRAYS.items():
             connection.adapters.register_dumper(kind, dumper)
