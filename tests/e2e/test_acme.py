@@ -85,16 +85,17 @@ def pebble(directory: Path) -> Iterator[Start]:
 
 
 def configuration(gmta: Gmta, server: Pebble, keys: str = "", more: str = "") -> str:
+    """keys: of [acme]; more: before it, of [gmta] and then sections."""
     return gmta.configuration(f"""
 [gmta]
 workers = 2
+{more}
 [acme]
 terms_agreed = yes
 directory = {server.url}
 ca_file = {server.ca_file}
 address = 127.0.0.1:{server.challenge_port}
 {keys}
-{more}
 """)
 
 
