@@ -25,7 +25,7 @@ class Step:
     """What it does with a request: answer `status` with `headers` and `body`; or send `raw` and close; or hang until the peer leaves.
 
     cut: announces so many octets more than it sends, then closes.  unasked: closes the connection after the answer without a word.
-    half: ends its side without a word, and reads on.  trickle: sends `raw` an octet at a time.
+    half: ends its side without a word, and reads on.  trickle: sends what `raw` has behind a header section an octet at a time.
     endless: repeats `body` until the peer leaves.  only: the webhook-id that it is for, others get 200.
     """
 
@@ -122,7 +122,9 @@ class HttpPeer:
         if step.hang or step.half:
             reader.read(1)
             return False
-        for octet in step.raw or b"" if step.trickle else b"":
+        head, blank, rest = (step.raw or b"").rpartition(b"\r\n\r\n") if step.trickle else (b"", b"", b"")
+        link.sendall(head + blank)
+        for octet in rest:
             self._over.wait(0.05)
             link.sendall(bytes([octet]))
         if step.raw is not None:

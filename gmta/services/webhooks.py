@@ -212,7 +212,7 @@ class Endpoint:
             reason = ""
             for address in addresses:
                 try:
-                    return self._post(address, headers, body, again)
+                    return self._post(address, headers, body, again, limit)
                 except PostFailed as failure:
                     if failure.taken:
                         raise
@@ -259,7 +259,7 @@ class Endpoint:
             self._pools[address] = pool
         return pool
 
-    def _post(self, address: str, headers: dict[str, str], body: Body, again: Mapping[str, str] | None) -> Answer:
+    def _post(self, address: str, headers: dict[str, str], body: Body, again: Mapping[str, str] | None, limit: gevent.Timeout) -> Answer:
         pool = self._pool(address)
         for fresh in (False, True):
             made = pool.num_connections
@@ -280,23 +280,31 @@ class Endpoint:
                 headers = {**headers, **(again or {})}
             except (HTTPError, http.client.HTTPException, ValueError) as error:
                 raise PostFailed(f"{address}: {_words(error)}", taken=True) from error
-        return Answer(response.status, {name.lower(): value for name, value in response.headers.items()}, _read(response),
+        return Answer(response.status, {name.lower(): value for name, value in response.headers.items()}, _read(response, limit),
                       f"{address}:{self._port}")
 
 
-def _read(response: Any) -> bytes:
-    """The first octets of the answer; the connection is kept where that was all of it. What breaks here is not missed: the status is there."""
+def _read(response: Any, limit: gevent.Timeout) -> bytes:
+    """The first octets of the answer; the connection is kept where that was all of it. What breaks here, or takes past the limit, is not
+    missed: the status is there."""
     data = b""
+    done = False
     try:
         while len(data) <= MAX_ANSWER:
             piece = response.read(MAX_ANSWER + 1 - len(data), decode_content=False)
             if not piece:
+                done = True
                 response.release_conn()
                 return data
             data += piece
     except (HTTPError, http.client.HTTPException, OSError, ValueError):
         pass
-    response.close()
+    except gevent.Timeout as timeout:
+        if timeout is not limit:
+            raise
+    finally:
+        if not done:
+            response.close()
     return data[:MAX_ANSWER]
 
 
