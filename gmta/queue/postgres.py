@@ -56,6 +56,7 @@ TRIES = 4  # of a claim, where other nodes were faster
 _json = json.JSONEncoder(default=str, separators=(",", ":")).encode
 _LOCK = re.compile(r"worker-([0-9a-f]+)\.lock\Z")
 
+
 class _Claim:
     """What is claimed of one message. owner: in whose name.  open: recipients not settled yet, None where not known.
 
@@ -136,7 +137,7 @@ class PostgresStore:
         self._notified_at = 0.0
         self._closed = False
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        self._home = self._read_home()
+        self._home = f"{self._read_home()} {node}"  # a machine may be the copy of another
         self._lock = self._take_lock()
         self._spool = os.path.join(directory, f"worker-{self._tag}.spool")
         os.makedirs(self._spool, mode=0o700)
@@ -498,6 +499,7 @@ class PostgresStore:
             except (_Lapsed, _Undone):
                 continue
             except (psycopg.Error, DatabaseDown, StoreError) as error:
+                self._unsure = self._unsure or isinstance(operation, _Release)
                 return _store_error(error)
         return StoreError("connection or lease was lost again and again")
 
@@ -929,10 +931,10 @@ class PostgresStore:
         count = 0
         get_hub().threadpool.apply(self._tidy)
         with self._database.use() as connection:
-            others = connection.execute("SELECT id, home, tag FROM worker WHERE id <> %s", (self._id,)).fetchall()
-            ours = [id for id, home, tag in others if home == self._home and self._is_dead(tag)]
+            others = connection.execute("SELECT id, home, tag, lease_until < clock_timestamp() FROM worker WHERE id <> %s", (self._id,)).fetchall()
+            ours = [id for id, home, tag, _ in others if home == self._home and self._is_dead(tag)]
             # after an outage of the database the others need time to prolong theirs
-            theirs = [id for id, _, _ in others] if now - self._steady_since >= self._lease_s else []
+            theirs = [id for id, _, _, ended in others if ended] if now - self._steady_since >= self._lease_s else []
             dead = connection.execute(pgsql.DEAD, (ours, theirs)).fetchall() if ours or theirs else []
             for id, node, tag in dead:
                 self._log.warning("worker dead, its claims are free", node=node, worker=id)
