@@ -1,12 +1,12 @@
 """Makes guessing passwords slow and short: failed logins are answered late and counted, and who fails too often is locked out.
 
-Hooks: permit_auth (place it before those that know users), on_refused, check_mail, check_connect.  Keys: address_failures,
+Hooks: permit_auth (place it before those that know users), on_refused, on_session_closed, check_mail, check_connect.  Keys: address_failures,
 user_failures, window, lockout, delay, known_for.  Replies: 454 4.7.0 to AUTH of one who is locked out, whatever the password, and 421
 4.7.0 to the next AUTH of that session; 421 4.7.0 in place of the banner, on listeners with the role submission.
 
 Counted are an address (an IPv6 one by its /64) and a user, by all workers together. A user cannot be locked out by others: while
 somebody guesses at an account from many addresses, new addresses have one try each, and one from which the user has logged in
-before counts for itself. RFC 4954 section 6 lets a server say 454 so.
+before counts for itself. No more tries of an address are under way at a time than it has left. RFC 4954 section 6 lets a server say 454 so.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gmta.mail.address import client_network
 from gmta.services.passwords import user_key
 
 NAME = "auth_guard"
+WAITS, WAIT_S = 50, 0.1  # until as many tries of an address are decided as it has left
 KNOWN_FACTOR = 5  # how many more failures an address is granted for a user that it belongs to
 
 
@@ -52,6 +53,8 @@ class Plugin:
     def __init__(self, config: Config, services: Any) -> None:
         self._config = config
         self._services = services
+        self._trying: dict[str, dict[str, Session]] = {}  # by address and session id: who was let through to the others
+        self._address: dict[str, str] = {}  # of those, which a proxy may replace meanwhile
 
     @hookimpl
     def check_connect(self, session: Session) -> Verdict | None:
@@ -73,10 +76,20 @@ class Plugin:
         if state.get(f"auth:known:{address} {user}"):
             locked = state.get(f"auth:pair:{address} {user}", 0) >= config.address_failures * KNOWN_FACTOR
         else:
-            locked = bool(state.get(f"auth:lock:{address}"))
-            if not locked and state.get(f"auth:user:{user}", 0) >= config.user_failures:
-                locked = state.get(f"auth:address:{address}", 0) >= 1
+            for _ in range(WAITS):
+                locked = bool(state.get(f"auth:lock:{address}"))
+                failures = state.get(f"auth:address:{address}", 0)
+                if not locked and failures >= 1:
+                    locked = state.get(f"auth:user:{user}", 0) >= config.user_failures
+                if locked or failures + self._undecided(address) < config.address_failures:
+                    break
+                gevent.sleep(WAIT_S)  # or who tries many passwords at a time would have them all before the first one counts
+            else:
+                locked = True
         if not locked:
+            self._decided(session)
+            self._trying.setdefault(address, {})[session.id] = session
+            self._address[session.id] = address
             return None
         self._wait()
         if before is not None and before.put_off:  # or guessers would hold all connections that their network has
@@ -87,7 +100,10 @@ class Plugin:
     @hookimpl
     def on_refused(self, session: Session, transaction: Transaction | None, stage: str, reply: Reply) -> None:
         """Counts a failed login, and has its answer wait."""
-        if stage != "auth" or reply.code != 535:
+        if stage != "auth":
+            return
+        self._decided(session)
+        if reply.code != 535:
             return
         state, config, address = self._services.state, self._config, client_network(session.peer_ip)
         note = session.notes.get(NAME)
@@ -113,6 +129,22 @@ class Plugin:
             state.set(f"auth:known:{address} {user}", True, self._config.known_for)
         state.set(f"auth:friend:{address}", True, self._config.known_for)
         return None
+
+    @hookimpl
+    def on_session_closed(self, session: Session) -> None:
+        """Forgets it."""
+        self._decided(session)
+
+    def _undecided(self, address: str) -> int:
+        """How many logins from an address other plugins think about now, or the client has not brought to an end."""
+        return sum(session.user is None for session in self._trying.get(address, {}).values())
+
+    def _decided(self, session: Session) -> None:
+        address = self._address.pop(session.id, None)
+        if address is not None:
+            del self._trying[address][session.id]
+            if not self._trying[address]:
+                del self._trying[address]
 
     def _wait(self) -> None:
         if self._config.delay:

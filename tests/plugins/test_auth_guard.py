@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
+import gevent
 import pytest
 
 from gmta import Reply, hookimpl
@@ -21,10 +23,12 @@ class Guarded:
 
     def __init__(self, **keys: Any) -> None:
         self.services = make_services(clock=FakeClock())
+        self.serial = count()
         self.plugin = load_plugin("auth_guard", self.services, delay="0", **keys)
 
     def ask(self, ip: str, user: str = USER) -> tuple[Reply | None, Session]:
         session = make_session(role="submission", peer_ip=ip, tls=True)
+        session.id = f"s{next(self.serial)}"
         verdict = self.plugin.permit_auth(session, Credentials("PLAIN", user, "x"))
         return (None if verdict is None else verdict.reply), session
 
@@ -146,6 +150,34 @@ def test_who_is_locked_out_does_not_stay_connected(guard: Guarded) -> None:
     session = make_session(role="submission", peer_ip="192.0.2.1", tls=True)
     codes = [guard.plugin.permit_auth(session, Credentials("PLAIN", USER, "x")).reply.code for _ in range(2)]
     assert codes == [454, 421]
+
+
+def test_no_more_tries_at_a_time_than_are_left(guard: Guarded) -> None:
+    """Who asks with a hundred passwords at once has no more of them than one after the other."""
+    asked = [gevent.spawn(guard.ask, "192.0.2.1", f"u{number}@example.test") for number in range(6)]
+    gevent.sleep(0)
+    assert [one.ready() for one in asked] == [True] * 3 + [False] * 3
+    asked[0].value[1].user = "u0@example.test"  # this one was right
+    gevent.joinall(asked[3:4], timeout=5)
+    assert asked[3].value[0] is None and not asked[4].ready()
+    for one in (asked[1], asked[2], asked[3]):
+        guard.plugin.on_refused(one.value[1], None, "auth", AUTH_FAILED)
+    gevent.joinall(asked, timeout=5)
+    assert [one.value[0].code for one in asked[4:]] == [454, 454]
+    for one in asked:
+        guard.plugin.on_session_closed(one.value[1])
+    assert guard.plugin._trying == guard.plugin._address == {}
+
+
+def test_a_client_that_breaks_off_gives_its_try_back(guard: Guarded) -> None:
+    for _ in range(9):
+        said, session = guard.ask("192.0.2.1")
+        assert said is None
+        guard.plugin.on_refused(session, None, "auth", AUTH_SYNTAX)
+    for _ in range(9):
+        said, session = guard.ask("192.0.2.1")
+        assert said is None
+        guard.plugin.on_session_closed(session)
 
 
 class Noting:
