@@ -25,7 +25,7 @@ from gmta.testing import make_file_message
 from gmta.testing.zone import Zone
 from gmta.verify import Lookups
 from gmta.verify.canonical import BodyHash, Header, hash_body, relaxed_field, without_signature
-from gmta.verify.dkim import Fault, Key, Signature, parse_tags, verify
+from gmta.verify.dkim import Fault, Key, Signature, key_of, parse_tags, verify
 from gmta.verify.signing import COLUMNS, KeyFiles, KeyTrouble, SigningKey, authors, sign
 
 NOW = 1600000000.0
@@ -369,6 +369,21 @@ P = RSA.record().partition("p=")[2]
 ])
 def test_key_record(record: str, result: str, reason: str) -> None:
     assert one(made(), zone(sel=record)) == (result, reason)
+
+
+def test_a_remembered_key_is_that_of_its_record_alone() -> None:
+    names = zone(RSA)
+    assert one(made(), names) == one(made(), names) == ("pass", "")
+    names[RSA.record_name] = {"TXT": ["v=DKIM1; p="]}
+    assert one(made(), names) == ("permerror", "key revoked")
+    names[RSA.record_name] = {"TXT": [f"v=DKIM1; n={'x' * 4000}; p={P}"]}
+    assert one(made(), names) == ("pass", "")
+    assert key_of(RSA.record().encode()) is key_of(RSA.record().encode())
+
+
+def test_steps_are_kept_only_where_they_are_asked_for() -> None:
+    (result,) = verify(Message.from_bytes(made()), zone(RSA), now=NOW)
+    assert (result.result, result.steps) == ("pass", [])
 
 
 def test_strict_key_wants_the_very_domain() -> None:
