@@ -109,13 +109,6 @@ def _domain(value: str) -> str:
     return domain_key(value)
 
 
-def _host(value: str) -> str:
-    """A host's name, in the form that domains compare by."""
-    if value.startswith("["):
-        raise ValueError("a host name")
-    return _domain(value)
-
-
 def _https(value: str) -> str:
     """A URL that certificates protect."""
     if re.fullmatch(r"https://[!-~]+", value) is None:
@@ -517,7 +510,7 @@ class Acme(CoreSection):
     terms_agreed: bool = Field(False, description="yes: you agree to the authority's terms of service, and certificates are asked for")
     directory: Annotated[str, AfterValidator(_https)] = Field("https://acme-v02.api.letsencrypt.org/directory", description="the authority's URL")
     contact: Annotated[str, AfterValidator(_mailbox)] = Field("", description="address that the authority may write to")
-    names: list[Annotated[str, AfterValidator(_host)]] = Field([], description="in the certificate of [tls]; default: [gmta] hostname")
+    names: list[Domain] = Field([], description="in the certificate of [tls]; default: [gmta] hostname")
     challenge: Literal["http-01", "tls-alpn-01"] = Field("http-01", description="how the authority sees that the names are ours")
     addresses: list[HostPort] = Field([], alias="address", description="where it looks; default: *:80 for http-01, *:443 for tls-alpn-01")
     keep_key: bool = Field(False, description="renewals keep the certificate's key, for TLSA records of it")
@@ -846,6 +839,9 @@ class Config:
         errors += [f"{where.where('key')}: expected a certificate with it, since [acme] brings a key of its own" for where in wanted if where.get("key")]
         if not wanted:
             errors.append(f"{section.where('terms_agreed')}: expected [tls] or a [tls:NAME] without a certificate, since nothing is to be obtained")
+        for name in own:
+            if name.startswith("[") or not name.isascii():  # a host name of [gmta] may be so
+                errors.append(f"{section.where('names' if acme.names else '')}: expected host names, not {name!r}")
         if bool(acme.eab_key_id) != bool(acme.eab_secret):
             errors.append(f"{section.where('eab_key_id' if acme.eab_key_id else 'eab_secret')}: expected both eab_key_id and eab_secret, or none")
         if self.look and importlib.util.find_spec("acme") is None:

@@ -341,14 +341,13 @@ class Authority:
         key = self._josepy.JWK.from_json(account["key"])
         network = self._network(key)
         client = self._client.ClientV2(self._client.ClientV2.get_directory(self._settings.directory, network), network)
-        self._log_in(client, key, account)
+        csr = self._make_csr(key_pem, list(names))
         try:
-            order = client.new_order(self._make_csr(key_pem, list(names)))
+            order = self._order(client, csr, key, account)
         except self._messages.Error as error:
-            if error.code != "accountDoesNotExist":
+            if error.code != "accountDoesNotExist" or not account["uri"]:
                 raise
-            self._log_in(client, key, account | {"uri": ""})  # the server has forgotten it
-            order = client.new_order(self._make_csr(key_pem, list(names)))
+            order = self._order(client, csr, key, account | {"uri": ""})  # the server has forgotten it
         end = datetime.datetime.now() + datetime.timedelta(seconds=ORDER_S)
         try:
             for one in order.authorizations:
@@ -359,6 +358,11 @@ class Authority:
         finally:
             self._answers.clear()
         return chain.encode()
+
+    def _order(self, client: Any, csr: bytes, key: Any, account: Mapping[str, Any]) -> Any:
+        """An order by the account."""
+        self._log_in(client, key, account)
+        return client.new_order(csr)
 
     def _answer(self, client: Any, authorization: Any, key: Any) -> None:
         """Makes the answer to a challenge ready, and says so."""
@@ -381,8 +385,10 @@ class Authority:
         """The account's file; a new key where there is none."""
         try:
             with open(self._file, encoding="utf-8") as file:
-                found: dict[str, Any] = json.load(file)
-            return found
+                found = json.load(file)
+            return {name: found[name] for name in ("directory", "uri", "contact", "key")}
+        except (ValueError, TypeError, KeyError) as error:
+            raise AcmeError(f"{self._file} is damaged; without it a new account is made") from error
         except FileNotFoundError:
             key = self._josepy.JWKEC(key=ec.generate_private_key(ec.SECP256R1()))
             made = {"directory": self._settings.directory, "uri": "", "contact": "", "key": key.to_json()}

@@ -147,21 +147,30 @@ def test_certificates_of_both_challenges(gmta: Gmta, pebble: Start, challenge: s
     assert b"Verify return code: 0 (ok)" in done.stdout, done.stdout
 
 
-def test_an_authority_that_forgot_us_and_an_external_account(gmta: Gmta, pebble: Start) -> None:
-    """A reload with other names: obtained anew at once, though the server knows neither account nor order any more."""
+def test_an_external_account_that_changes_and_is_forgotten(gmta: Gmta, pebble: Start) -> None:
+    """A reload with other names: obtained anew at once, by an account that is written to elsewhere, or that the server knows no more."""
     secret = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
     server = pebble("mx.example.test", "mx2.example.test", secrets={"kid-1": secret})
     account = f"eab_key_id = kid-1\neab_secret = {secret}\nkeep_key = yes"
     gmta.serve(configuration(gmta, server, account))
     first = obtained(gmta)
     assert names(first) == ["mx.example.test"]
+
+    def reload(contact: str, *wanted: str) -> None:
+        gmta.config.write_text(configuration(gmta, server, f"{account}\nnames = {' '.join(wanted)}\ncontact = {contact}"))
+        assert gmta.process is not None
+        gmta.process.send_signal(signal.SIGHUP)
+        until(lambda: names(served(gmta.port)) == sorted(wanted), "other certificate")
+        (file,) = (gmta.directory / "var/acme").glob("account-*")
+        assert json.loads(file.read_text())["contact"] == contact
+        assert served(gmta.port).public_key() == first.public_key()
+
+    reload("postmaster@example.test", "mx.example.test", "mx2.example.test")
+    reload("", "mx.example.test")
     server.end()
     server.start()
-    gmta.config.write_text(configuration(gmta, server, f"{account}\nnames = mx.example.test, mx2.example.test"))
-    assert gmta.process is not None
-    gmta.process.send_signal(signal.SIGHUP)
-    until(lambda: names(served(gmta.port)) == ["mx.example.test", "mx2.example.test"], "second certificate")
-    assert served(gmta.port).public_key() == first.public_key()
+    reload("hostmaster@example.test", "mx.example.test", "mx2.example.test")
+    assert "no certificate" not in (gmta.directory / "gmta.log").read_text()
 
 
 def test_mail_goes_on_without_an_authority(gmta: Gmta, pebble: Start) -> None:

@@ -484,6 +484,20 @@ def test_an_account_that_needs_another(tmp_path: Path) -> None:
     server.peer.close()
 
 
+def test_an_account_s_file_that_is_damaged(tmp_path: Path) -> None:
+    """It is not made anew by itself: it may be all that is left of an account."""
+    server = serve(tmp_path, {})
+    with pytest.raises(AcmeError):
+        server.authority.obtain(["mx.example.test"], key_pem())
+    (file,) = tmp_path.glob("account-*.json")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    for content in ("", "[]", "{}"):
+        file.write_text(content)
+        with pytest.raises(AcmeError, match="account-.*is damaged"):
+            server.authority.obtain(["mx.example.test"], key_pem())
+    server.peer.close()
+
+
 def test_limits_of_an_authority_are_known(tmp_path: Path) -> None:
     directory: dict[str, Any] = {}
     server = serve(tmp_path, directory)
@@ -548,7 +562,8 @@ def test_what_is_obtained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "expected"), [
     ("[acme]\ncontact = a@example.test\n", "1: [acme]: expected terms_agreed = yes, once you have read the terms of https://acme-v02.api.letsencrypt.org/directory"),
     (f"{ON}directory = http://a.example/\n", "3: [acme] directory: expected a URL that begins with https://, not 'http://a.example/'"),
-    (f"{ON}names = [192.0.2.1]\n", "3: [acme] names: expected a host name, not '[192.0.2.1]'"),
+    (f"{ON}names = [192.0.2.1]\n", "3: [acme] names: expected host names, not '[192.0.2.1]'"),
+    (f"[gmta]\nhostname = [192.0.2.1]\n{ON}", "3: [acme]: expected host names, not '[192.0.2.1]'"),
     (f"{ON}names = *.example.test\n", "3: [acme] names: expected a domain"),
     (f"{ON}challenge = dns-01\n", "3: [acme] challenge: expected one of 'http-01' or 'tls-alpn-01', not 'dns-01'"),
     (f"{ON}address = 80\n", "3: [acme] address: expected an address such as"),
