@@ -124,8 +124,9 @@ class Plugin:
                 raise ValueError(f"{key}: there is no [transport:{name}]")
         self._accounts: dict[str, tuple[bool, float]] = {}
         self._catch_all = Address.parse(config.catch_all) if config.catch_all else None
-        files = [path for path in (config.mailboxes_file, config.aliases_file) if path]
-        self._files = Watched(files, self._load, services.clock) if files else None
+        self._paths = [path for path in (config.mailboxes_file, config.aliases_file) if path]
+        self._own = len(self._paths)  # behind them those that aliases include
+        self._files = Watched(self._paths, self._load, services.clock) if self._paths else None
 
     @hookimpl
     def permit_rcpt(self, session: Session, transaction: Transaction, recipient: Recipient) -> Verdict | None:
@@ -249,13 +250,15 @@ class Plugin:
         config = self._config
         mailboxes: set[str] = set()
         aliases: dict[str, list[str]] = {}
+        included: list[str] = []
         if config.mailboxes_file:
             path = FilePath(config.mailboxes_file)
             mailboxes = parse_mailboxes(path.read_text(encoding="utf-8"), path.name)
         if config.aliases_file:
             path = FilePath(config.aliases_file)
             aliases = parse_aliases(path.read_text(encoding="utf-8"), path.name, path.parent if config.allow_include else None,
-                                    special="".join(self._special))
+                                    special="".join(self._special), included=included)
+        self._paths[self._own:] = included
         self._from_file, self._aliases = mailboxes, aliases
 
     def _refresh(self) -> None:

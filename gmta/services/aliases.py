@@ -44,14 +44,13 @@ class Specials:
         self._path = Path(path)
         self._kind = kind
         self._found: dict[str, str] = {}
-        self._file = Watched([path], self._read, clock)
         self.trouble = ""
+        self._file = Watched([path], self._read, clock)
 
     def get(self, local: str) -> str | None:
         """The target, with what it begins with; None where no alias has it."""
         try:
             self._file.refresh()
-            self.trouble = ""
         except (OSError, ValueError) as error:
             self.trouble = str(error)
         return self._found.get(local)
@@ -62,14 +61,17 @@ class Specials:
     def _read(self) -> None:
         aliases = parse_aliases(self._path.read_text(encoding="utf-8"), self._path.name, self._path.parent, special=COMMAND + FILE)
         self._found = {special_local(target): target for targets in aliases.values() for target in targets if target.startswith(self._kind)}
+        self.trouble = ""
 
 
-def parse_aliases(text: str, source: str, directory: Path | None = None, *, special: str = "") -> dict[str, list[str]]:
+def parse_aliases(text: str, source: str, directory: Path | None = None, *, special: str = "",
+                  included: list[str] | None = None) -> dict[str, list[str]]:
     """Alias name -> targets, of a file in classic aliases syntax; raises ValueError with the line.
 
     A line that starts with a blank continues the one before; `#` starts a comment line; a name or target may be
     quoted; a name that stands twice has the targets of both. `:include:FILE` is a list of addresses in a file of
     `directory`; without one it is refused. special: which of COMMAND and FILE may be targets, there as they are written.
+    included: gets the paths of the files that were read.
     """
     logical: list[tuple[int, list[str]]] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -92,7 +94,7 @@ def parse_aliases(text: str, source: str, directory: Path | None = None, *, spec
             key = name_key(_unquote(name) if name.startswith('"') and name.endswith('"') else name)
         except ValueError as error:
             raise ValueError(f"{where}: {match[1]!r} is not an alias name: {error}") from error
-        targets = _targets(match[2], where, directory, 0, special)
+        targets = _targets(match[2], where, directory, 0, special, [] if included is None else included)
         if not targets:
             raise ValueError(f"{where}: {match[1]!r} has no target")
         aliases.setdefault(key, []).extend(targets)
@@ -103,7 +105,7 @@ def _unquote(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text[1:-1])
 
 
-def _targets(text: str, where: str, directory: Path | None, depth: int, special: str) -> list[str]:
+def _targets(text: str, where: str, directory: Path | None, depth: int, special: str, included: list[str]) -> list[str]:
     found: list[str] = []
     text = text.strip()
     position = 0
@@ -126,9 +128,10 @@ def _targets(text: str, where: str, directory: Path | None, depth: int, special:
             if depth >= MAX_INCLUDE_DEPTH:
                 raise ValueError(f"{where}: :include: nests too deep")
             file = directory / whole[len(":include:"):].strip()
+            included.append(str(file))
             for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
                 if line.strip() and not line.lstrip().startswith("#"):
-                    found += _targets(line, f"{file.name}:{number}", directory, depth + 1, special)
+                    found += _targets(line, f"{file.name}:{number}", directory, depth + 1, special, included)
             continue
         try:
             found.append(str(Address.parse(whole)) if "@" in whole else _local(whole))

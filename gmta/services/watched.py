@@ -1,7 +1,7 @@
 """Files that are read again when they have changed, looked at once a second at most.
 
-What is read from them is the caller's business, as is the log. Failure: what `load` raises, and OSError for a file that is not there, passes
-through, and the files are not read again until they change once more.
+What is read from them is the caller's business, as is the log. Failure: what `load` raises passes through, for a file that is not there too, and
+the files are not read again until they change once more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ CHECK_INTERVAL_S = 1.0
 
 
 class Watched:
-    """Reads with `load` at once, and at `refresh` where a file has another time, size or inode. clock: any seconds."""
+    """Reads with `load` at once, and at `refresh` where a file has another time, size or inode.
+
+    paths: `load` may change what is in it.  clock: any seconds.
+    """
 
     def __init__(self, paths: Sequence[str], load: Callable[[], None], clock: Callable[[], float]) -> None:
         self._paths = paths
@@ -24,7 +27,7 @@ class Watched:
         self._checked_at = clock()
 
     def _look(self) -> list[tuple[int, int, int]]:
-        return [(found.st_mtime_ns, found.st_size, found.st_ino) for found in map(os.stat, self._paths)]
+        return [_stamp(path) for path in self._paths]
 
     def refresh(self) -> None:
         """Reads the files again where they have changed."""
@@ -36,3 +39,12 @@ class Watched:
         if stamp != self._stamp:
             self._stamp = stamp
             self._load()
+
+
+def _stamp(path: str) -> tuple[int, int, int]:
+    """What tells a file from another one of that name; one that is not there is told apart too: `load` says what is wrong with that."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0, 0
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -297,3 +297,22 @@ def test_accounts_that_can_not_be_looked_up(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(mailboxes, "find_account", fails)
     verdict = ask(make(accept="system")[0], "joe@example.test")
     assert verdict is not None and verdict.kind is Kind.DEFER and verdict.reply.code == 451
+
+
+def test_an_included_list_is_read_again_when_it_changes(tmp_path: Any) -> None:
+    (tmp_path / "aliases").write_text("list: :include:members\n")
+    (tmp_path / "members").write_text("ann@far.example\n:include:more\n")
+    (tmp_path / "more").write_text("ben@far.example\n")
+    plugin, services = make(aliases_file=str(tmp_path / "aliases"), allow_include=True)
+    assert ends(ask(plugin, "list@example.test"), "") == ["ann@far.example", "ben@far.example"]
+    for name, text, found in (("more", "cat@far.example\n", ["ann@far.example", "cat@far.example"]), ("members", "dan@far.example\n", ["dan@far.example"]),
+                              ("members", "eve@far.example, fay@far.example\n", ["eve@far.example", "fay@far.example"])):
+        (tmp_path / name).write_text(text)
+        services.clock.now += 2
+        assert ends(ask(plugin, "list@example.test"), "") == found
+    (tmp_path / "members").unlink()
+    services.clock.now += 2
+    assert ends(ask(plugin, "list@example.test"), "") == ["eve@far.example", "fay@far.example"] and len(services.log.errors) == 1
+    (tmp_path / "aliases").write_text("list: gil@far.example\n")  # the list is not missed any more
+    services.clock.now += 2
+    assert ends(ask(plugin, "list@example.test"), "") == ["gil@far.example"] and len(services.log.errors) == 1

@@ -140,7 +140,9 @@ def test_an_alias_that_went_and_one_that_came(make: Make, tmp_path: Path) -> Non
     assert deliver(transport, tmp_path / "box").reply.enhanced == "5.1.1" and deliver(transport, tmp_path / "new").reply.enhanced == "2.0.0"
     (tmp_path / "aliases").unlink()
     services.clock.advance(2)
-    assert deliver(transport, tmp_path / "later").reply.enhanced == "4.3.0"
+    for _ in range(3):  # for as long as it is so
+        assert deliver(transport, tmp_path / "later").reply.enhanced == "4.3.0"
+        services.clock.advance(2)
 
 
 def test_never_as_root_and_never_as_somebody_else(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -386,7 +386,8 @@ def test_only_commands_of_the_file_run(make: Callable[..., Pipe], tmp_path: Path
     assert run_alias(transport, "|/bin/true").reply.enhanced == "5.1.1" and run_alias(transport, "|/bin/false").status is Status.DEFERRED
     (tmp_path / "aliases").unlink()
     transport._services.clock.advance(2)
-    assert run_alias(transport, "|/bin/true").reply.enhanced == "4.3.0"
+    for _ in range(3):  # for as long as it is so
+        assert run_alias(transport, "|/bin/true").reply.enhanced == "4.3.0"
 
 
 def test_loop_through_an_alias_is_stopped(make: Callable[..., Pipe], tmp_path: Path) -> None:
