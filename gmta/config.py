@@ -620,7 +620,7 @@ def _store(value: str) -> str:
     if value != "sqlite" and not value.startswith(("postgresql://", "postgres://")):
         raise ValueError("sqlite or postgresql://…")
     if value != "sqlite" and importlib.util.find_spec("psycopg") is None:
-        raise ValueError("PostgreSQL needs the package psycopg: pip install gmta[postgresql]")
+        raise ValueError("sqlite, or the package psycopg beside gmta (pip install 'gmta[postgresql]')")
     return value
 
 

@@ -26,12 +26,12 @@ def node() -> None:
 
 def _admin(path: str | None) -> PostgresAdmin:
     """The database's side; ends the command where the queue is this machine's alone."""
-    from gmta.queue.pgadmin import open_database
-
     store = load(path).queue.store
     if store == "sqlite":
         click.echo("the queue is this machine's alone: [queue] store is sqlite", err=True)
         sys.exit(1)
+    from gmta.queue.pgadmin import open_database
+
     return open_database(store)
 
 
