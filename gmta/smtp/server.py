@@ -256,10 +256,14 @@ class ServerProtocol:
         """MAIL and what follows need a greeting, and TLS or AUTH where the listener asks for them."""
         if not self.greeted:
             raise Refused(replies.HELO_FIRST)
-        if self.require_tls and not self.tls:
-            raise Refused(replies.TLS_REQUIRED)
+        self._not_in_clear()
         if self.require_auth and not self.authenticated:
             raise Refused(replies.AUTH_REQUIRED)
+
+    def _not_in_clear(self) -> None:
+        """What tells or does something needs TLS where the listener asks for it (RFC 3207 section 4)."""
+        if self.require_tls and not self.tls:
+            raise Refused(replies.TLS_REQUIRED)
 
     def _ehlo(self, argument: str) -> events.Event:
         return parse_hello(argument, esmtp=True)
@@ -343,11 +347,13 @@ class ServerProtocol:
         return events.Noop()
 
     def _vrfy(self, argument: str) -> events.Event:
+        self._not_in_clear()
         if not argument:
             raise Refused(replies.SYNTAX)
         return events.Vrfy(argument)
 
     def _expn(self, argument: str) -> events.Event:
+        self._not_in_clear()
         if not argument:
             raise Refused(replies.SYNTAX)
         return events.Expn(argument)
@@ -355,6 +361,7 @@ class ServerProtocol:
     def _etrn(self, argument: str) -> events.Event:
         if not self.extensions.etrn:
             raise Refused(replies.NOT_IMPLEMENTED)
+        self._not_in_clear()
         if not self.greeted:
             raise Refused(replies.HELO_FIRST)
         if not argument or " " in argument:

@@ -493,7 +493,7 @@ def test_an_account_s_file_that_is_damaged(tmp_path: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     for content in ("", "[]", "{}"):
         file.write_text(content)
-        with pytest.raises(AcmeError, match="account-.*is damaged"):
+        with pytest.raises(AcmeError, match=r"account-.*is damaged"):
             server.authority.obtain(["mx.example.test"], key_pem())
     server.peer.close()
 

@@ -140,7 +140,8 @@ S: 250
 
 
 def test_tls_that_must_be() -> None:
-    given = f"[listener:mx]\naddress = 127.0.0.1:2525\ntls = required\n[tls]\ncertificate = {__file__}\n"
+    given = (f"[listener:mx]\naddress = 127.0.0.1:2525\ntls = required\nvrfy = yes\nexpn = yes\n[tls]\ncertificate = {__file__}\n"
+             "[domains]\nrelay_to = backup.example\netrn_from = 192.0.2.0/24\n")
     run((), r"""
 S: 220
 C: EHLO c.example
@@ -148,6 +149,14 @@ S: 250
 HAS: STARTTLS
 C: MAIL FROM:<a@example.com>
 S: 530 5.7.0
+C: VRFY user@example.test
+S: 530 5.7.0
+C: EXPN user@example.test
+S: 530 5.7.0
+C: ETRN backup.example
+S: 530 5.7.0
+C: RSET
+S: 250
 C: NOOP
 S: 250
 C: STARTTLS
