@@ -14,6 +14,7 @@ import pytest
 
 import gmta
 from gmta import Delivery
+from gmta.agent import make_transports
 from gmta.deliver.agent import (
     MAX_FRAME,
     AgentTransport,
@@ -26,7 +27,7 @@ from gmta.deliver.agent import (
     rows_of,
 )
 from gmta.mail.message import Message
-from gmta.testing.fakes import MemoryLog, make_envelope, make_file_message, make_message
+from gmta.testing.fakes import MemoryLog, make_config, make_envelope, make_file_message, make_message
 
 RAW = b"Subject: x\r\n\r\nhello \xff\r\n"
 
@@ -176,3 +177,39 @@ def test_each_account_is_asked_for_and_its_connection_kept(agent: Callable[[Answ
     assert asked == [(0, ["joe@example.test"], True), (0, ["joe+x@example.test", "Joe@example.test"], True), (1, ["ann@example.test"], True),
                      (2, ["ann@example.test"], False)]
     transport.close()
+
+
+def test_only_what_delivers_as_users_is_made(tmp_path: Path) -> None:
+    """Nothing else of a configuration runs in the process that stays root: no plugin, no other transport."""
+    config = make_config(f"""
+[gmta]
+data_dir = {tmp_path}/data
+[plugins]
+enable = mailboxes, forward, webhook
+[plugin:forward]
+secret = abcdefghijklmnopqrst
+[plugin:webhook]
+events_url = http://127.0.0.1:1/
+[transport:mailbox]
+type = maildir
+path = {tmp_path}/{{user}}
+user = {{user}}
+concurrency = 3
+[transport:out]
+type = relay
+[transport:forwarded]
+type = forward
+[lane:big]
+match = far.example
+[queue:far.example]
+retry = 1m
+[tls_policy]
+far.example = encrypt
+[route]
+local = mailbox
+* = out
+""")
+    log = MemoryLog()
+    made = make_transports(config.snapshot(), log)
+    assert list(made) == ["mailbox"] and not log.lines and not (tmp_path / "data").exists()
+    assert made["mailbox"].user_of(delivery().recipients[0].address) == "joe"
