@@ -365,7 +365,7 @@ class Lanes:
         now = self._clock()
         if gate.lets(now):
             self._place(gate.waiting.popleft())
-        elif gate.next_at > now and not gate.timed:
+        elif gate.next_at > now and not gate.timed and (self._shares is None or gate.next_at < now + TICK_S):  # shares call again
             gate.timed = True
             self._at(gate.next_at, self._call_timed, gate)
 

@@ -30,7 +30,8 @@ LEASE_S = 15.0
 TURN_S = 5.0
 KEEP_S = 2.0
 BLOCK_S = 0.25  # how far ahead points in time are taken
-LATE_S = 0.1  # and how long one is good
+LATE_S = 0.25  # and how long one is good
+SPARE = 1.01  # of a rate's gap: 60 a minute stay so where one comes late and the one after it in time
 PROBE_S = 60.0  # a probe has so long to come to an end, then another worker may
 WAIT_S = 5.0  # for the database
 OVERLAP_S = 5.0  # changes are asked for again so long: transactions end in another order than they begin
@@ -58,7 +59,7 @@ _GRANT = f"""WITH ask AS (
     SELECT name, %s, greatest(holding, least(want, part, most - taken - ahead)), want, since, {_NOW} + %s FROM parts
     ON CONFLICT (name, worker) DO UPDATE SET held = excluded.held, want = excluded.want, since = excluded.since, until = excluded.until
     RETURNING name, held, (SELECT part FROM parts p WHERE p.name = h.name), (SELECT starving FROM parts p WHERE p.name = h.name)"""
-_POINTS = f"""UPDATE lane_limit l SET next_at = greatest(l.next_at, {_NOW} - least(a.gap / 2, 1)) + a.n * a.gap
+_POINTS = f"""UPDATE lane_limit l SET next_at = greatest(l.next_at, {_NOW}) + a.n * a.gap
     FROM unnest(%s, %s, %s) AS a(name, gap, n) WHERE l.name = a.name RETURNING l.name, l.next_at, a.n"""
 _LOCK_CLOSED = "SELECT 1 FROM lane_closed WHERE name = ANY(%s) ORDER BY name FOR UPDATE"
 _CLOSE = f"""INSERT INTO lane_closed AS c (name, failures, until, said, worker, changed_at, prober, probe_until)
@@ -82,12 +83,13 @@ _PURGES = tuple(f"DELETE FROM {table} WHERE {column} < {_NOW} - %s" for table, c
 class SharedGate(Gate):
     """A limit of all nodes. permits: jobs that this worker may have under way; points: when its next jobs may begin."""
 
-    __slots__ = ("asked", "asked_points", "late_s", "leased_until", "part", "peak", "peak_until", "permits", "points", "starving",
+    __slots__ = ("asked", "asked_points", "leased_until", "part", "peak", "peak_until", "permits", "points", "starving",
                  "turn_until", "want")
 
     def __init__(self, name: str, section: LaneSection, want: Callable[[SharedGate], None]) -> None:
         super().__init__(name, section, 1)
         self.name = name
+        self.gap_s *= SPARE
         self.want = want
         self.asked = False  # it is known that permits are missing
         self.asked_points = False
@@ -99,7 +101,6 @@ class SharedGate(Gate):
         self.starving = False  # others have none
         self.turn_until = 0.0  # and wait for ours, from then on
         self.points: deque[float] = deque()
-        self.late_s = min(self.gap_s / 2, TICK_S) + LATE_S  # a point may lie so far back when it is given
 
     def lets(self, now: float) -> bool:
         """Whether a job may begin now; if not, what is missing is asked for."""
@@ -112,7 +113,7 @@ class SharedGate(Gate):
         if not self.gap_s:
             return True
         points = self.points
-        while points and points[0] < now - self.late_s:
+        while points and points[0] < now - LATE_S:
             points.popleft()
         if points:
             self.next_at = points[0]
@@ -124,7 +125,7 @@ class SharedGate(Gate):
 
     def usable(self, now: float) -> int:
         """Permits that may be used; none where the lease is over, or it is another worker's turn."""
-        if now >= self.leased_until or (self._is_over(now) and not (self.points and self.points[-1] >= now - self.late_s)):
+        if now >= self.leased_until or (self._is_over(now) and not (self.points and self.points[-1] >= now - LATE_S)):
             return 0
         return min(self.permits, self.part)
 
@@ -186,6 +187,7 @@ class LaneShares:
         self._seen_at = 0.0
         self._seen: set[tuple[str, float]] = set()
         self._purge_at = 0.0
+        self._renew_at = 0.0
         self._wake = Signal()
         self._greenlet: gevent.Greenlet | None = None
         self._failing = False
@@ -302,7 +304,10 @@ class LaneShares:
                   opened: set[str], asked: dict[str, Lane]) -> dict[str, list[Any]]:
         """The statements with their rows, in one transaction."""
         worker = self._worker
-        probed = sorted({*asked, *self._probing})
+        probed = {*asked}
+        if self._clock() >= self._renew_at:
+            self._renew_at = self._clock() + PROBE_S / 3
+            probed |= {*self._probing}
         asks: list[tuple[str, tuple[Any, ...]]] = []
         if limited or missing:
             asks.append((_LOCK, (Texts(sorted({row[0] for row in (*limited, *missing)})),)))
@@ -313,7 +318,7 @@ class LaneShares:
             names, gaps, counts = zip(*missing, strict=True)
             asks.append((_POINTS, (Texts(names), Floats(gaps), Integers(counts))))
         if closed or opened or probed:
-            asks.append((_LOCK_CLOSED, (Texts(sorted({*closed, *opened, *probed})),)))
+            asks.append((_LOCK_CLOSED, (Texts({*closed, *opened, *probed}),)))
         if closed:
             failures, pauses, said = zip(*closed.values(), strict=True)
             asks.append((_CLOSE, (worker, Texts(closed), Integers(failures), Floats(pauses), Texts(said))))

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.e2e
 
 MINUTE = bool(os.environ.get("GMTA_CLUSTER_MINUTE"))
 RATE, GAP_S, MESSAGES = ("60/m", 1.0, 120) if MINUTE else ("10/s", 0.1, 60)
-LATE_S = 0.2  # a job may begin so much behind its time, and the one after it in time
+LATE_S = 0.4  # a job may begin so much behind its time, and the one after it in time
 
 
 class CountingSink(Sink):

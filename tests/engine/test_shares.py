@@ -244,7 +244,7 @@ def test_a_quick_rate_is_taken_in_blocks_that_do_not_overlap(cluster: Cluster) -
         node.put("one.example", 50)
         answers = node.shares._exchange([], [(gate.name, gate.gap_s, gate.misses(node.clock()))], {}, set(), {})
         ((_, behind, n),) = answers[shares_module._POINTS]
-        assert n == 25
+        assert n == int(shares_module.BLOCK_S / gate.gap_s)
         points += [behind - (n - i) * gate.gap_s for i in range(n)]
     assert points == sorted(points)
     assert all(later - earlier > 0.0099 for earlier, later in itertools.pairwise(points))
