@@ -61,6 +61,7 @@ CREATE INDEX lane_holder_worker ON lane_holder(worker);
 CREATE TABLE lane_closed(name text COLLATE "C" PRIMARY KEY, failures integer NOT NULL, until double precision NOT NULL, said text NOT NULL,
   worker text NOT NULL, changed_at double precision NOT NULL, prober text NOT NULL, probe_until double precision NOT NULL);
 CREATE INDEX lane_closed_change ON lane_closed(changed_at);
+CREATE INDEX event_at ON event USING brin(at) WITH (autosummarize = on);
 """
 
 MIGRATIONS: tuple[str, ...] = (_QUEUE, _SHARED)

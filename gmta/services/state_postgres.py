@@ -41,8 +41,10 @@ _WRITE = """INSERT INTO state AS s (key, value, number, expires_at)
 _READ = "SELECT key, value, number, expires_at FROM state WHERE key = ANY(%s) AND expires_at > %s"
 _SCAN = "SELECT key, value, number FROM state WHERE key >= %s AND key < %s AND expires_at > %s ORDER BY key LIMIT %s"
 _PURGE = "DELETE FROM state WHERE key IN (SELECT key FROM state WHERE expires_at <= %s LIMIT %s FOR UPDATE SKIP LOCKED)"
+# they are counted where the last estimate is not well below the limit
 _EXCESS = """DELETE FROM state WHERE key IN (SELECT key FROM state ORDER BY expires_at
-    LIMIT greatest(0, (SELECT count(*) FROM state) - %s) FOR UPDATE SKIP LOCKED)"""
+    LIMIT CASE WHEN (SELECT reltuples FROM pg_class WHERE oid = 'state'::regclass) BETWEEN 0 AND %s THEN 0
+    ELSE greatest(0, (SELECT count(*) FROM state) - %s) END FOR UPDATE SKIP LOCKED)"""
 # Whose turn it is to purge: one worker's of all nodes.
 _DUTY = """INSERT INTO duty AS d VALUES ('state', %s) ON CONFLICT (name) DO UPDATE SET due_at = excluded.due_at
     WHERE d.due_at <= %s OR d.due_at > excluded.due_at RETURNING 1"""
@@ -193,7 +195,7 @@ class _Keeper:
         if connection.execute(_DUTY, (self._purge_at, now)).fetchone() is not None:
             while connection.execute(_PURGE, (now, PURGED)).rowcount == PURGED:
                 pass
-            connection.execute(_EXCESS, (state.MAX_ROWS,))
+            connection.execute(_EXCESS, (state.MAX_ROWS // 2, state.MAX_ROWS))
 
 
 def _ask(connection: psycopg.Connection[Any], wishes: list[tuple[str, tuple[Any, ...]]]) -> list[list[Any]]:
