@@ -147,8 +147,9 @@ class HookSpecs:
     def permit_auth(self, session: Session, credentials: Credentials) -> Verdict | None:
         """At AUTH, when the exchange is complete.
 
-        credentials: mechanism, user, secret.  accept(): the session's user is credentials.user.  None: the user is not
-        known here.  Nobody answers: 535 5.7.8.  Failure: 454 4.7.0.
+        credentials: mechanism, user, secret.  accept(): the session's user is credentials.user; with
+        session.notes["addresses"] = (user, addresses) it may send as those too (sender_login).  None: the user is not known here.
+        Nobody answers: 535 5.7.8.  Failure: 454 4.7.0.
         """
 
     @hookspec
