@@ -558,8 +558,8 @@ class PostgresStore:
         self._sure_until = 0.0
         self._batch = 0
 
-    def _transact(self, statements: list[tuple[str, Any]]) -> list[Any]:
-        """One transaction in one go; the rows of each statement, none where only the answer was lost.
+    def _transact(self, statements: list[tuple[str, Any]], question: tuple[str, dict[str, Any]] | None = None) -> list[Any]:
+        """One transaction in one go; the rows of `question`, none where only the answer was lost.
 
         Raises psycopg.Error where it failed, DatabaseDown where it can't be known for now, _Lapsed.
         """
@@ -570,12 +570,17 @@ class PostgresStore:
         began = time.monotonic()
         fence = (pgsql.FENCE, (self._batch, self._lease_s, self._id))
         try:
-            with connection.pipeline():
-                cursors = [connection.execute(statement, values, binary=True) for statement, values in (*statements, fence)]
-            rows = [cursor.fetchall() if cursor.description else [] for cursor in cursors]
+            if question is None:
+                connection.transact([*statements, fence])
+                rows = []
+            else:
+                with connection.pipeline():
+                    asked, _ = connection.execute(*question, binary=True), connection.execute(*fence)
+                rows = asked.fetchall()
         except (psycopg.Error, OSError) as error:
             if not is_lost(error, connection):
-                connection.execute("DEALLOCATE ALL")  # statements behind the one that failed were not prepared
+                if question is not None:
+                    connection.forget()
                 if isinstance(error, errors.DivisionByZero):
                     self._lapse()
                     raise _Lapsed from error
@@ -583,9 +588,9 @@ class PostgresStore:
             self._lost(error)
             if not self._was_committed():
                 raise _Undone(str(error)) from error
-            rows = [[] for _ in range(len(statements) + 1)]
+            rows = []
         self._sure_until = began + self._lease_s
-        return rows[:-1]
+        return rows
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
@@ -888,7 +893,7 @@ class PostgresStore:
     def _claim(self, statement: str, values: dict[str, Any]) -> tuple[tuple[Any, ...], list[Envelope]]:
         """(the statement's first two columns, what it has claimed)."""
         self._ready()
-        rows = self._transact([(statement, values | {"me": self._id})])[0]
+        rows = self._transact([], (statement, values | {"me": self._id}))
         if not rows:
             raise DatabaseDown("the answer was lost")  # what it claimed is given back by _reconcile
         by_message: dict[str, tuple[Any, list[RecipientState]]] = {}
