@@ -1,6 +1,6 @@
 """Limits and back-off of lanes that hold for all nodes together, where they have one PostgreSQL; without one nothing here is loaded.
 
-Connections: a worker holds so many permits of a limit, leased for LEASE_S and renewed every second; what it does not use it gives
+Connections: a worker holds so many permits of a limit, leased for LEASE_S and renewed in time; what it does not use it gives
 back. Where they do not suffice for all, each worker gets its part, and where there are fewer permits than workers they go round: who
 had one for TURN_S gives it back after the job at hand, with the connections that its transport kept. Rates: a worker takes points in
 time for its next jobs, the earliest that are free, a few at a time. A lane that closes, opens, or is suspended by `on_reply` does so
@@ -27,6 +27,7 @@ from gmta.services.log import Log
 from gmta.services.postgres import Database, DatabaseDown, Floats, Integers, Texts
 
 LEASE_S = 15.0
+RENEW_S = 3.0
 TURN_S = 5.0
 KEEP_S = 2.0
 BLOCK_S = 0.25  # how far ahead points in time are taken
@@ -54,11 +55,12 @@ _GRANT = f"""WITH ask AS (
     parts AS (
       SELECT ask.*, taken, ahead, starving, CASE WHEN short = 0 THEN most
         WHEN starving > 0 THEN greatest(1, most / (interested + 1)) ELSE (most + interested) / (interested + 1) END AS part
-      FROM ask JOIN others USING (name))
-    INSERT INTO lane_holder AS h (name, worker, held, want, since, until)
+      FROM ask JOIN others USING (name)),
+    put AS (INSERT INTO lane_holder AS h (name, worker, held, want, since, until)
     SELECT name, %s, greatest(holding, least(want, part, most - taken - ahead)), want, since, {_NOW} + %s FROM parts
     ON CONFLICT (name, worker) DO UPDATE SET held = excluded.held, want = excluded.want, since = excluded.since, until = excluded.until
-    RETURNING name, held, (SELECT part FROM parts p WHERE p.name = h.name), (SELECT starving FROM parts p WHERE p.name = h.name)"""
+    RETURNING name, held)
+    SELECT name, put.held, part, starving FROM put JOIN parts USING (name)"""
 _POINTS = f"""UPDATE lane_limit l SET next_at = greatest(l.next_at, {_NOW}) + a.n * a.gap
     FROM unnest(%s, %s, %s) AS a(name, gap, n) WHERE l.name = a.name RETURNING l.name, l.next_at, a.n"""
 _LOCK_CLOSED = "SELECT 1 FROM lane_closed WHERE name = ANY(%s) ORDER BY name FOR UPDATE"
@@ -84,7 +86,7 @@ class SharedGate(Gate):
     """A limit of all nodes. permits: jobs that this worker may have under way; points: when its next jobs may begin."""
 
     __slots__ = ("asked", "asked_points", "leased_until", "part", "peak", "peak_until", "permits", "points", "starving",
-                 "turn_until", "want")
+                 "tell_at", "told", "turn_until", "want")
 
     def __init__(self, name: str, section: LaneSection, want: Callable[[SharedGate], None]) -> None:
         super().__init__(name, section, 1)
@@ -98,6 +100,8 @@ class SharedGate(Gate):
         self.peak_until = 0.0
         self.part = self.connections  # what of it is for this worker
         self.leased_until = 0.0
+        self.told = (0, 0)
+        self.tell_at = 0.0
         self.starving = False  # others have none
         self.turn_until = 0.0  # and wait for ours, from then on
         self.points: deque[float] = deque()
@@ -153,6 +157,14 @@ class SharedGate(Gate):
     def wants(self) -> int:
         """Permits that it would like to have."""
         return min(self.connections, max(self.permits, self.active + self.backlog()))
+
+    def news(self, now: float) -> tuple[int, int] | None:
+        """What is to be said: permits that it holds, and that it would like to have; None where that was said a moment ago."""
+        news = self.permits, self.wants()
+        if news == self.told and now < self.tell_at and not self.asked:
+            return None
+        self.told, self.tell_at = news, now + RENEW_S
+        return news
 
     def misses(self, now: float) -> int:
         """Points in time that it could use."""
@@ -274,7 +286,7 @@ class LaneShares:
             if keeps < gate.permits:
                 gate.permits = keeps
                 lanes.let_go(gate)
-        limited = [(gate.name, gate.connections, gate.permits, gate.wants()) for gate in gates if gate.connections]
+        limited = [(gate.name, gate.connections, *news) for gate in gates if gate.connections and (news := gate.news(now))]
         missing = [(gate.name, gate.gap_s, n) for gate in gates if (n := gate.misses(now))]
         for gate in gates:
             gate.asked_points = False

@@ -376,6 +376,7 @@ def test_a_turn_ends_when_the_points_in_time_that_were_taken_are_used(cluster: C
     first.done()
     first.share()
     second.put("one.example")
+    gate.tell_at = 0.0  # a while later
     share_all([second, first])
     (point,) = gate.points
     assert not first.running and point > first.clock()
@@ -387,3 +388,15 @@ def test_a_turn_ends_when_the_points_in_time_that_were_taken_are_used(cluster: C
     first.done()
     share_all([first, second])
     assert not gate.points and gate.permits == 0 and second.lanes.gates[0].permits == 1  # type: ignore[attr-defined]
+
+
+def test_what_has_not_changed_is_not_said_again_at_once(cluster: Cluster) -> None:
+    (node,) = cluster.make(1, lane_big={"match": "*.example", "connections": "1"})
+    node.put("one.example")
+    share_all([node])
+    gate = node.lanes.gates[0]
+    assert isinstance(gate, SharedGate) and len(node.running) == 1
+    node.share()
+    assert gate.news(node.clock()) is None
+    node.later = shares_module.RENEW_S
+    assert gate.news(node.clock()) == (1, 1)
