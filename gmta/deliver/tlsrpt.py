@@ -84,6 +84,8 @@ class TlsReports:
 
     def note(self, policy: DomainPolicy, rule: TlsRule, target: Target, result: str = "", reason: str = "", source: str = "") -> None:
         """Counts a session. result: "" for a good one, else its type (RFC 8460 section 4.3).  source: our address."""
+        if self._loop is None:
+            self._loop = self._spawn(self._look_on)
         domain = policy.domain
         if not any(self._recipients(domain)):
             return
@@ -98,8 +100,6 @@ class TlsReports:
         facts_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
         self._write_down(f"tlsrpt-facts:{day}:{facts_id}", facts)
         self._state.count(f"tlsrpt:{day}:{domain}:{facts_id}", 1, KEEP_S)
-        if self._loop is None:
-            self._loop = self._spawn(self._look_on)
 
     def fetch_failed(self, domain: str, result: str, reason: str) -> None:
         """An MTA-STS policy could not be had (RFC 8460 section 4.3.2.2)."""

@@ -279,6 +279,17 @@ def test_over_https(web: tuple[str, str, list[tuple[str, dict[str, str], bytes]]
     assert len(requests) == 2
 
 
+def test_any_session_after_a_start_has_the_reports_of_yesterday_looked_for() -> None:
+    world = World()
+    world.note()
+    begun: list[Any] = []
+    again = TlsReports(world.keys, "mx.example.test", world.zone, world.state, world.log, world.clock, world.submit, world.post, begun.append)
+    for _ in range(2):
+        again.note(DomainPolicy("other.example"), TlsRule(), TARGET)
+        again._loop = begun
+    assert begun == [again._look_on]
+
+
 def test_two_records_are_none() -> None:
     world = World()
     world.zone["_smtp._tls.example.org"] = {"TXT": ["v=TLSRPTv1; rua=mailto:a@b.example"] * 2 + ["v=TLSRPTv1; rua=mailto:c@b.example"]}
