@@ -105,7 +105,7 @@ class Plugin:
             return False
         state, place = self._services.state, f"auth_file:{ip} {user}"
         known = bool(state.get(place))
-        with self._turns.turn(ip, known):
+        with self._turns.turn(ip, user, known):
             right = self._services.batch("passwords", max_items=AT_A_TIME).submit(lambda: self._check(hashed, secret)) and hashed is not None
         if right:
             self._turns.was_right(ip)

@@ -14,6 +14,7 @@ used. RFC 4511, RFC 4513, RFC 4515 (filters).
 from __future__ import annotations
 
 import math
+import re
 import secrets
 import ssl
 from collections.abc import Callable
@@ -40,6 +41,7 @@ except ImportError as missing:
 T = TypeVar("T")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 IDLE_S = 60.0  # a connection unused for longer may have been forgotten on its way
+_SMTP = re.compile(r"\Asmtp:", re.I)  # what proxyAddresses of Exchange begin with
 SUCCESS, SIZE_LIMIT_EXCEEDED = 0, 4
 # RFC 4511 appendix A: constraintViolation, noSuchObject, inappropriateAuthentication, invalidCredentials, insufficientAccessRights,
 # unwillingToPerform. All are about this entry and password; other codes are about the directory.
@@ -134,7 +136,7 @@ class Plugin:
         if credentials.mechanism not in ("PLAIN", "LOGIN") or not credentials.secret:
             return None
         config = self._config
-        with (self._turns.turn(session.peer_ip, False),
+        with (self._turns.turn(session.peer_ip, user_key(credentials.user), False),
               gevent.Timeout(config.request_timeout, LdapError(f"no answer within {config.request_timeout:g} s"))):
             entry = self._use(self._searching, True, lambda connection: self._find(connection, credentials.user))
             dn = entry.dn if entry is not None else f"cn={secrets.token_hex(8)},{config.base_dn}"
@@ -226,7 +228,7 @@ class Plugin:
         if not names:
             raise LdapError(f"{found[0]['dn']} has no {config.user_attribute}")
         typed = user_key(user)
-        addresses = frozenset(user_key(value) for name in config.address_attributes for value in values.get(name.lower(), ()))
+        addresses = frozenset(user_key(_SMTP.sub("", value)) for name in config.address_attributes for value in values.get(name.lower(), ()))
         return _Entry(found[0]["dn"], typed if typed in names else names[0], addresses)
 
 

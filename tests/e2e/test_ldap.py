@@ -50,6 +50,7 @@ sn: A
 mail: Alice@Example.test
 mail: info@example.test
 labeledURI: office@example.org
+labeledURI: SMTP:Sales@example.org
 userPassword: {SECRET}
 
 dn: uid=star*(x)\\\\,ou=people,{BASE}
@@ -215,7 +216,7 @@ def test_addresses_are_left_for_others(slapd: Slapd) -> None:
     plugin = client(slapd, address_attributes="mail, labeledURI")
     session = make_session(role="submission", tls=True)
     assert plugin.permit_auth(session, Credentials("LOGIN", "alice@example.test", SECRET)) is not None
-    assert session.notes["addresses"] == ("alice@example.test", {"alice@example.test", "info@example.test", "office@example.org"})
+    assert session.notes["addresses"] == ("alice@example.test", {"alice@example.test", "info@example.test", "office@example.org", "sales@example.org"})
 
 
 def test_a_directory_that_is_down_or_not_the_one(slapd: Slapd, directory: Path) -> None:
