@@ -449,12 +449,18 @@ def test_no_recurring_query_reads_a_whole_table(node: Callable[..., Node], datab
     put(one.store)
     mine = one.store._id
     with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute("""
-            INSERT INTO message SELECT 'M' || lpad(i::text, 15, '0'), 'a@b.example', 100, i, 1, '{}', ''::bytea, 2, ''::bytea, 0 FROM generate_series(1, 100000) i;
-            INSERT INTO recipient SELECT 'M' || lpad(i::text, 15, '0'), 0, 'x@c.example', 'queued', 0, i, 'out', 'h' || i % 1000, 'out:h' || i % 1000, '', 0, '',
-              CASE WHEN i % 50 = 0 THEN OWNER ELSE 0 END FROM generate_series(1, 100000) i;
-            INSERT INTO event SELECT 'M' || lpad(i::text, 15, '0'), 1, i, 'received', '{}' FROM generate_series(1, 100000) i;
-            INSERT INTO chunk SELECT 'M' || lpad(i::text, 15, '0'), 0, ''::bytea FROM generate_series(1, 20000) i""".replace("OWNER", str(mine)))
+        indexes = connection.execute("SELECT indexname, indexdef FROM pg_indexes WHERE indexname ~ '^recipient_(due|lane|owner)$'").fetchall()
+        for name, _ in indexes:  # made again at once below: a third of the time
+            connection.execute(f"DROP INDEX {name}")
+        number = "'M' || lpad(i::text, 15, '0')"
+        connection.execute(f"""
+            INSERT INTO message SELECT {number}, '', 0, i, 1, '', '', 2, '', 0 FROM generate_series(1, 1000000) i;
+            INSERT INTO recipient SELECT {number}, 0, '', 'queued', 0, i, '', '', 'out:h' || i % 1000, '', 0, '', CASE WHEN i % 50 = 0 THEN {mine} ELSE 0 END
+              FROM generate_series(1, 1000000) i;
+            INSERT INTO event SELECT {number}, 1, i, '', '' FROM generate_series(1, 100000) i;
+            INSERT INTO chunk SELECT {number}, 0, '' FROM generate_series(1, 20000) i""")
+        for _, definition in indexes:
+            connection.execute(definition)
         ids = Texts([f"M{n:015d}" for n in range(500, 530)])
         search = {"me": mine, "now": 1e9, "limit": 200, "room": '{"out:h1": 0, "out:h2": 1}', "lane_limit": 20, "scan": 2200, "before": "out:h5"}
         asked: list[tuple[str, Any]] = [
