@@ -15,7 +15,7 @@ from tests.engine.test_verify_dkim import RSA, signed
 
 pytestmark = pytest.mark.e2e
 
-STALLED = 30
+STALLED = 10
 
 
 def records() -> dict[str, dict[str, object]]:
