@@ -23,8 +23,7 @@ from gmta.queue.admin import GAP_S, GIVEN_UP
 from gmta.queue.store import Event, StoreError
 from gmta.services.postgres import Database, DatabaseDown, Floats, Integers, Texts, columns
 
-PAGE = 500
-SLICE = 1000  # messages changed in one transaction
+SLICE = 1000  # messages looked at with one statement, or changed in one transaction
 TRIES = 5  # of one that met a worker's
 
 _WAITING = "r.status = 'queued'"
@@ -54,15 +53,18 @@ class PostgresAdmin:
         except psycopg.errors.UndefinedTable as error:
             raise StoreError("the database has no tables yet: a node that starts makes them") from error
         except (psycopg.Error, DatabaseDown) as error:
-            raise StoreError(str(error).strip()) from error
+            raise StoreError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
-    @staticmethod
-    def _where(ids: Iterable[str], domain: str | None, sender: str | None, all: bool) -> tuple[str, dict[str, Any]]:
+    def _pages(self, ids: Iterable[str], domain: str | None, sender: str | None, all: bool,
+               which: str = "") -> Iterator[builtins.list[tuple[str, str, int, float]]]:
+        """The chosen messages (id, sender, size, arrival), oldest first, a statement for each SLICE of the queue: none takes long.
+
+        which: what has to hold for a recipient r.
+        """
         wanted = builtins.list(ids)
         parts: builtins.list[str] = []
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"last": "", "slice": SLICE}
         if wanted:
-            parts.append("m.id = ANY(%(ids)s)")
             values["ids"] = Texts(map(pgschema.storable, wanted))
         if domain is not None:
             parts.append(_ADDRESSES)
@@ -71,19 +73,29 @@ class PostgresAdmin:
         if sender is not None:
             parts.append("lower(m.sender) = lower(%(sender)s)")
             values["sender"] = pgschema.storable(sender.strip("<>"))
-        return " AND ".join(parts) if parts else ("true" if all else "false"), values
+        if not (wanted or parts or all):
+            return
+        if which:
+            parts.append(f"EXISTS (SELECT 1 FROM recipient r WHERE r.message = m.id AND {which})")
+        statement = f"""WITH page AS MATERIALIZED (SELECT id, sender, size, received_at FROM message
+            WHERE id > %(last)s {"AND id = ANY(%(ids)s)" if wanted else ""} ORDER BY id LIMIT %(slice)s)
+            SELECT looked.*, chosen.* FROM (SELECT count(*), max(id) FROM page) looked
+            LEFT JOIN (SELECT * FROM page m {"WHERE " + " AND ".join(parts) if parts else ""}) chosen ON true ORDER BY chosen.id"""
+        while True:
+            with self._use() as connection:
+                rows = connection.execute(statement, values).fetchall()
+            yield [row[2:] for row in rows if row[2] is not None]
+            if rows[0][0] < SLICE:
+                return
+            values["last"] = rows[0][1]
 
     # --- looking --------------------------------------------------------------------------------------------------
 
     def list(self, ids: Iterable[str] = (), *, domain: str | None = None, sender: str | None = None,
              all: bool = True) -> Iterator[dict[str, Any]]:
         """Queued messages in the form of `queue list --json`, oldest first; read as they are asked for. node: whose a recipient is now."""
-        where, values = self._where(ids, domain, sender, all)
-        last = ""
-        while True:
+        for messages in self._pages(ids, domain, sender, all):
             with self._use() as connection:
-                messages = connection.execute(f"SELECT m.id, m.sender, m.size, m.received_at FROM message m WHERE m.id > %(last)s AND {where} "
-                                              "ORDER BY m.id LIMIT %(page)s", {**values, "last": last, "page": PAGE}).fetchall()
                 recipients: dict[str, builtins.list[dict[str, Any]]] = {id: [] for id, *_ in messages}
                 for r in connection.execute(f"SELECT {pgschema.RECIPIENT}, coalesce(w.node, '') FROM recipient r LEFT JOIN worker w "
                                             "ON w.id = r.owner AND w.lease_until > clock_timestamp() WHERE r.message = ANY(%s) "
@@ -94,9 +106,6 @@ class PostgresAdmin:
                 if recipients[id]:  # none: settled between the two reads
                     held = any(r["status"] == "held" for r in recipients[id])
                     yield {"id": id, "sender": sent_by, "size": size, "received_at": at, "held": held, "recipients": recipients[id]}
-            if len(messages) < PAGE:
-                return
-            last = messages[-1][0]
 
     def show(self, id: str) -> dict[str, Any] | None:
         """One message, with its envelope's facts, or None."""
@@ -221,20 +230,13 @@ class PostgresAdmin:
 
     def _change(self, ids: Iterable[str], choice: dict[str, Any], kind: str, change: str | None, which: str) -> int:
         """Applies `change` (None: deletes, "": gives up) to the chosen messages' recipients for which `which` holds; how many messages had some."""
-        where, values = self._where(ids, choice.get("domain"), choice.get("sender"), bool(choice.get("all")))
-        if which:
-            where += f" AND EXISTS (SELECT 1 FROM recipient r WHERE r.message = m.id AND {which})"
-        total, last = 0, ""
-        while True:
-            with self._use() as connection:
-                chosen = [id for id, in connection.execute(f"SELECT m.id FROM message m WHERE m.id > %(last)s AND {where} ORDER BY m.id "
-                                                           "LIMIT %(slice)s", {**values, "last": last, "slice": SLICE})]
+        total = 0
+        for chosen in self._pages(ids, choice.get("domain"), choice.get("sender"), bool(choice.get("all")), which):
+            if total:
+                time.sleep(GAP_S)
             if chosen:
-                total += self._change_slice(chosen, kind, change, which)
-            if len(chosen) < SLICE:
-                return total
-            last = chosen[-1]
-            time.sleep(GAP_S)
+                total += self._change_slice([id for id, *_ in chosen], kind, change, which)
+        return total
 
     def _change_slice(self, ids: builtins.list[str], kind: str, change: str | None, which: str) -> int:
         """One transaction of `_change`, again where it and a worker's were in each other's way."""
