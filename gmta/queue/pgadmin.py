@@ -231,12 +231,14 @@ class PostgresAdmin:
     def _change(self, ids: Iterable[str], choice: dict[str, Any], kind: str, change: str | None, which: str) -> int:
         """Applies `change` (None: deletes, "": gives up) to the chosen messages' recipients for which `which` holds; how many messages had some."""
         total = 0
-        for chosen in self._pages(ids, choice.get("domain"), choice.get("sender"), bool(choice.get("all")), which):
-            if total:
+        chosen: builtins.list[str] = []
+        for page in self._pages(ids, choice.get("domain"), choice.get("sender"), bool(choice.get("all")), which):
+            chosen += [id for id, *_ in page]
+            if len(chosen) >= SLICE:
+                total += self._change_slice(chosen, kind, change, which)
+                chosen = []
                 time.sleep(GAP_S)
-            if chosen:
-                total += self._change_slice([id for id, *_ in chosen], kind, change, which)
-        return total
+        return total + (self._change_slice(chosen, kind, change, which) if chosen else 0)
 
     def _change_slice(self, ids: builtins.list[str], kind: str, change: str | None, which: str) -> int:
         """One transaction of `_change`, again where it and a worker's were in each other's way."""
