@@ -12,6 +12,7 @@ Failure: where the database can't be reached permits lapse, so limited lanes wai
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -285,7 +286,10 @@ class LaneShares:
             keeps = gate.keeps(now)
             if keeps < gate.permits:
                 gate.permits = keeps
-                lanes.let_go(gate)
+                try:
+                    lanes.let_go(gate)
+                except Exception:  # a transport's own
+                    self._log.error("transport failed", lane=gate.name, traceback=traceback.format_exc())
         limited = [(gate.name, gate.connections, *news) for gate in gates if gate.connections and (news := gate.news(now))]
         missing = [(gate.name, gate.gap_s, n) for gate in gates if (n := gate.misses(now))]
         for gate in gates:
