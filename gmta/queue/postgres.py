@@ -1,9 +1,9 @@
 """The queue that several machines share: one PostgreSQL, whose rows are claimed by workers under a lease.
 
-A worker's puts, results and releases of about the same time are one transaction, sent in one go. A claim is `owner` in the recipient's
-row: the id of the worker's row in the table `worker`, which is its lease. Each transaction ends by counting up in that row, and fails
-where it is gone: who deletes it has taken all that worker's claims away, and a node that was frozen can't record over its successor.
-The count also tells, after a lost connection, whether the transaction under way was committed; where the row is gone, the queue ids do.
+New messages of about the same time are one transaction, sent in one go; results, releases and claims are another, beside it. A claim is
+`owner` in the recipient's row: the id of the worker's row in the table `worker`, which is its lease. Each transaction ends by touching that
+row, and fails where it is gone: who deletes it has taken all that worker's claims away, and a node that was frozen can't record over its
+successor. After a lost connection the queue ids tell whether new messages are in, and a count in the row whether the rest was done.
 
 A worker whose lock of the same machine is free is dead at once, one of another machine when its lease has ended. Large bodies lie in
 rows of 256 KiB; who delivers one has it in a file of its spool meanwhile, which is worth nothing after its process.
@@ -125,6 +125,7 @@ class PostgresStore:
         self._undo: set[str] = set()  # their clients were told that they are not queued
         self._event_number = 0
         self._changes = -1
+        self._intake_name = ""  # its connection's, as the database knows it
         self._draining = False  # this node claims nothing more, and takes no mail in
         self._lane = ""  # the last one that a search by lanes came to
         self._judged = ""  # the last message that `overdue` came to
@@ -141,6 +142,8 @@ class PostgresStore:
         self._lock = self._take_lock()
         self._spool = os.path.join(directory, f"worker-{self._tag}.spool")
         os.makedirs(self._spool, mode=0o700)
+        self._intake = Gather(self._take_in, max_items=256, linger_s=LINGER_S)
+        self._intake_connection: Connection | None = None
         self._writer = Gather(self._run, max_items=512, linger_s=LINGER_S)
         self._reader = Gather(self._read, max_items=16)
         self._beat = gevent.spawn(self._keep_lease)
@@ -221,7 +224,7 @@ class PostgresStore:
             return
         put = _Put(envelope, message, events, self._octets_of(message))
         try:
-            self._submit(put, PUT_S)
+            self._submit(put, PUT_S, self._intake)
         except BaseException as error:
             put.given_up = True
             if isinstance(error, StoreFull):
@@ -357,6 +360,7 @@ class PostgresStore:
             return
         self._beat.kill()
         with gevent.Timeout(RESOLVE_S, False):
+            self._intake.flush()
             self._writer.flush()
         self._closed = True
         connection = self._connection
@@ -369,6 +373,8 @@ class PostgresStore:
             except psycopg.Error as error:
                 self._log.warning("claims not given back", error=str(error))
         self._drop_connection()
+        if self._intake_connection is not None:
+            self._intake_connection.close()
         self._claims.clear()
         shutil.rmtree(self._spool, ignore_errors=True)
         try:
@@ -392,10 +398,10 @@ class PostgresStore:
         if not self._migrated:
             self._submit(self._ready)
 
-    def _submit(self, operation: Any, timeout_s: float | None = None) -> Any:
+    def _submit(self, operation: Any, timeout_s: float | None = None, line: Gather | None = None) -> Any:
         with gevent.Timeout(timeout_s, StoreError("the database gives no answer")):
             try:
-                return self._writer.submit(operation)
+                return (line or self._writer).submit(operation)
             except (psycopg.Error, DatabaseDown) as error:
                 raise _store_error(error) from error
 
@@ -433,9 +439,9 @@ class PostgresStore:
         except OSError:
             pass
 
-    def _claim_whole(self, envelope: Envelope, large: bool) -> None:
+    def _claim_whole(self, envelope: Envelope, large: bool, owner: int) -> None:
         """What is put is ours."""
-        claim = self._claims[envelope.id] = _Claim(self._id, len(envelope.recipients), large)
+        claim = self._claims[envelope.id] = _Claim(owner, len(envelope.recipients), large)
         claim.numbers.update(r.number for r in envelope.recipients)
 
     def _keep_lease(self) -> None:
@@ -456,6 +462,77 @@ class PostgresStore:
     def _prolong(self) -> None:
         self._transact([])
 
+    # --- intake: a greenlet and a connection of its own, since clients wait for it ---------------------------------
+
+    def _take_in(self, puts: list[Any]) -> list[Any]:
+        """New messages, in one transaction; those that fail together are tried one by one."""
+        results: list[Any] = [self._put_together(puts)] * len(puts)
+        if results[0] is not None and len(puts) > 1 and not self._database.down:
+            results = [self._put_together([put]) for put in puts]
+        for put in puts:
+            if put.given_up and self._claims.pop(put.envelope.id, None) is not None:
+                self._forget_file(put.envelope.id)
+                self._undo_put(put.envelope.id)
+        return results
+
+    def _put_together(self, puts: list[Any]) -> StoreError | None:
+        """Commits; what went wrong."""
+        for _ in range(AGAIN):
+            live = [put for put in puts if not put.given_up]
+            ids = [put.envelope.id for put in live]
+            if self._claims.keys() & ids:
+                return StoreError("a message of that id is queued")
+            connection = None
+            try:
+                if not self._id:
+                    self._submit(self._ready)
+                owner = self._id
+                connection = self._intake_ready()
+                for put in live:
+                    self._claim_whole(put.envelope, isinstance(put.message.body, FileBody), owner)
+                rows = (([_message_row(put.envelope, put.message, put.body) for put in live], pgsql.PUT_MESSAGES),
+                        ([pgschema.recipient_row(put.envelope.id, r, owner) for put in live for r in put.envelope.recipients], pgsql.PUT_RECIPIENTS),
+                        (self._event_rows(event for put in live for event in put.events), pgsql.PUT_EVENTS))
+                connection.transact([*((statement, columns(some, *kinds)) for some, (statement, kinds) in rows if some), (pgsql.HOLD, (owner,))])
+                return None
+            except BaseException as error:
+                lost = connection is not None and is_lost(error, connection)
+                if lost:
+                    self._lost_intake(error)
+                    if self._came(ids, self._intake_name):
+                        return None
+                for queue_id in ids:
+                    self._claims.pop(queue_id, None)
+                if isinstance(error, errors.DivisionByZero):
+                    try:
+                        self._submit(self._prolong)  # finds the lease lost, and gets another
+                    except StoreError as trouble:
+                        return trouble
+                elif not lost:
+                    if isinstance(error, psycopg.Error | DatabaseDown | StoreError):
+                        return _store_error(error)
+                    raise
+        return StoreError("connection or lease was lost again and again")
+
+    def _undo_put(self, queue_id: str) -> None:
+        """A message whose client was told that it is not queued, and will come again."""
+        self._undo.add(queue_id)
+        self._writer.post(_Release([]))
+
+    def _intake_ready(self) -> Connection:
+        connection = self._intake_connection
+        if connection is None or connection.closed:
+            connection = self._intake_connection = self._database.connect(f"intake {self._tag} ")
+            self._intake_name = connection.info.parameter_status("application_name") or ""
+        return connection
+
+    def _lost_intake(self, error: BaseException) -> None:
+        self._database.lost(error)
+        self._steady_since = time.monotonic()
+        if self._intake_connection is not None:
+            self._intake_connection.close()
+            self._intake_connection = None
+
     # --- the writer: one greenlet, one connection ----------------------------------------------------------------
 
     def _run(self, operations: list[Any]) -> list[Any]:
@@ -468,8 +545,6 @@ class PostgresStore:
         for n, operation in enumerate(operations):
             if callable(operation):
                 results[n] = self._outcome(operation)
-            elif isinstance(operation, _Put) and operation.given_up and operation.envelope.id in self._claims:
-                self._give_up(operation.envelope.id)
         return results
 
     def _write(self, operations: list[Any]) -> list[Any]:
@@ -502,12 +577,6 @@ class PostgresStore:
                 self._unsure = self._unsure or isinstance(operation, _Release)
                 return _store_error(error)
         return StoreError("connection or lease was lost again and again")
-
-    def _give_up(self, queue_id: str) -> None:
-        """A message whose client was told that it is not queued."""
-        self._claims.pop(queue_id, None)
-        self._forget_file(queue_id)
-        self._undo.add(queue_id)
 
     def _ready(self) -> Connection:
         """The writer's connection, with a lease; raises DatabaseDown, psycopg.Error."""
@@ -634,7 +703,9 @@ class PostgresStore:
 
     def _turn_away(self) -> None:
         """What was not sent yet and has a caller who can come again need not wait for a database that is down."""
-        self._writer.refuse(lambda item: not isinstance(item, _Release), StoreError(f"database down: {self._database.down}"))
+        if self._database.down:
+            for line in (self._writer, self._intake):
+                line.refuse(lambda item: not isinstance(item, _Release), StoreError(f"database down: {self._database.down}"))
 
     def _reconcile(self, connection: Connection) -> None:
         """Gives back what is claimed in our name without our knowledge: the answer was lost, or our giving it back was."""
@@ -646,7 +717,7 @@ class PostgresStore:
         self._unsure = False
 
     def _commit(self, operations: list[Any]) -> None:
-        """Writes puts, settlements and releases in one transaction; claims change with it."""
+        """Writes settlements and releases in one transaction; claims change with it."""
         self._ready()
         messages: list[tuple[Any, ...]] = []
         recipients: list[tuple[Any, ...]] = []
@@ -663,19 +734,12 @@ class PostgresStore:
             if isinstance(operation, _Release):
                 released += operation.rows
                 continue
-            births: Iterable[tuple[Envelope, Message, bytes]]
-            if isinstance(operation, _Put):
-                if operation.given_up:
-                    continue
-                births = ((operation.envelope, operation.message, operation.body),)
-            else:
-                births = [(envelope, message, self._octets_of(message)) for envelope, message in operation.births
-                          if message.body.size <= BODY_IN_ROW]
-                self._settle(operation, updates, doomed, pieces, doubtful, settled)
-            for envelope, message, body in births:
-                messages.append(_message_row(envelope, message, body))
-                recipients.extend(pgschema.recipient_row(envelope.id, r, self._id) for r in envelope.recipients)
-                born.append((envelope, message))
+            self._settle(operation, updates, doomed, pieces, doubtful, settled)
+            for envelope, message in operation.births:
+                if message.body.size <= BODY_IN_ROW:
+                    messages.append(_message_row(envelope, message, self._octets_of(message)))
+                    recipients.extend(pgschema.recipient_row(envelope.id, r, self._id) for r in envelope.recipients)
+                    born.append((envelope, message))
             events += self._event_rows(operation.events)
         statements: list[tuple[str, Any]] = [
             (statement, columns(rows, *kinds)) for rows, (statement, kinds) in (
@@ -697,7 +761,7 @@ class PostgresStore:
         known = {envelope.id for envelope, _ in born if envelope.id in self._claims}
         for envelope, message in born:
             if envelope.id not in known:
-                self._claim_whole(envelope, isinstance(message.body, FileBody))
+                self._claim_whole(envelope, isinstance(message.body, FileBody), self._id)
         try:
             self._transact(statements)
         except BaseException as error:
@@ -761,18 +825,21 @@ class PostgresStore:
                             *([(pgsql.PUT_EVENTS[0], columns(events, *pgsql.PUT_EVENTS[1]))] if events else [])])
         self._unclaim(queue_id, {r.number for r in settlement.changed})
 
-    def _came(self, ids: list[str]) -> bool:
-        """Whether messages of a transaction are, or were, in the queue."""
+    def _came(self, ids: list[str], application: str = "") -> bool:
+        """Whether messages of a transaction are, or were, in the queue; asks until it is known. application: whose old connection ends first."""
         while ids:
+            if self._closed:
+                raise DatabaseDown("closed")
+            self._turn_away()
+            if not self._database.wait_until_up(0.1):
+                continue
             try:
-                with self._reading() as connection:
+                with self._database.use() as connection:
+                    if application:
+                        connection.execute(pgsql.END_OLD, (application,))
                     return connection.execute(pgsql.CAME, (Texts(ids), Texts(ids))).fetchone() is not None
-            except DatabaseDown:
-                self._turn_away()
-                self._database.wait_until_up(RESOLVE_S)
+            except (psycopg.Error, DatabaseDown):
                 gevent.sleep(0.05)
-                if self._closed:
-                    raise
         return False
 
     # --- large messages ------------------------------------------------------------------------------------------
@@ -780,7 +847,7 @@ class PostgresStore:
     def _put_large(self, envelope: Envelope, message: Message, events: Sequence[Event]) -> None:
         """A message in pieces: a transaction of its own, in which memory holds one piece."""
         self._submit(self._ready)
-        self._claim_whole(envelope, True)
+        self._claim_whole(envelope, True, self._id)
         try:
             self._send_large(envelope, message, events)
             body = message.body
@@ -824,7 +891,7 @@ class PostgresStore:
                     return connection.execute(pgsql.CAME, (Texts([queue_id]), Texts([queue_id]))).fetchone() is not None
             except (psycopg.Error, DatabaseDown):
                 gevent.sleep(0.1)
-        self._undo.add(queue_id)
+        self._undo_put(queue_id)
         return False
 
     def _keep_file(self, queue_id: str, body: FileBody) -> str:
@@ -944,7 +1011,7 @@ class PostgresStore:
             for id, node, tag in dead:
                 self._log.warning("worker dead, its claims are free", node=node, worker=id)
                 connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE %s AND usename = current_user",
-                                   (f"gmta writer {tag} %",))
+                                   (f"gmta % {tag} %",))
             if dead or now - self._orphans_at > ORPHANS_S:
                 self._orphans_at = now
                 for (owner,) in connection.execute(pgsql.ORPHANS).fetchall():
