@@ -34,6 +34,7 @@ from gmta.testing.authority import Authority
 from gmta.testing.fakes import (
     START_AT,
     FakeClock,
+    load_module,
     make_envelope,
     make_file_message,
     make_message,
@@ -47,6 +48,7 @@ from tests.http_peer import HttpPeer, Step
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/webhook.schema.json").read_text())
+EVENT_SCHEMA = json.loads((ROOT / "docs/webhook-event.schema.json").read_text())
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 OTHER = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
 
@@ -524,6 +526,29 @@ def test_events_tell_what_became_of_mail(peers: Make) -> None:
     Standard(OTHER).verify(peer.heard[0].body, headers_now(peer.heard[0].headers))
 
 
+def test_events_of_reports_fit_the_schema(peers: Make) -> None:
+    import gevent
+
+    peer = peers()
+    services = make_services()
+    reader = load_module("bounce_parser").Plugin(load_module("bounce_parser").Config(addresses=["bounces@example.test"]), services)
+    teller = Plugin(Config(events_url=peer.url(), allow_private=True), services)
+    for number, kind in enumerate(("multipart/report; report-type=delivery-status", "multipart/report; report-type=feedback-report")):
+        part = ("message/delivery-status\r\n\r\nReporting-MTA: dns; far.example\r\n\r\nFinal-Recipient: rfc822; joe@far.example\r\nAction: failed\r\nStatus: 5.1.1\r\n"
+                if not number else "message/feedback-report\r\n\r\nFeedback-Type: abuse\r\nUser-Agent: x\r\nOriginal-Rcpt-To: joe@far.example\r\n")
+        transaction = make_transaction(recipients=["bounces+joe=far.example@example.test"])
+        transaction.id = f"Q{number}"
+        message = make_message(f"Content-Type: {kind}; boundary=x\r\n\r\n--x\r\nContent-Type: {part}\r\n--x\r\nContent-Type: message/rfc822\r\n\r\nSubject: hi\r\n\r\n--x--\r\n")
+        reader.check_message(make_session(), transaction, message)
+        teller.check_message(make_session(), transaction, message)
+        teller.on_queued(replace(make_envelope(), id=transaction.id))
+    gevent.wait(timeout=5)
+    found = events(peer, 2)
+    assert sorted(one["type"] for one in found) == ["bounced", "complained"]
+    for one in found:
+        jsonschema.validate(one, EVENT_SCHEMA)
+
+
 def test_event_is_tried_again_and_a_full_queue_drops_the_oldest(peers: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     import gevent
 
@@ -604,6 +629,8 @@ def test_what_a_dead_worker_had_to_tell_is_told(peers: Make, tmp_path: Path, mon
     assert found["user@example.test"][2]["remote"] == "mx.example" and found["joe@example.test"][2]["sender"] == "ann@sender.example"
     assert found["joe@example.test"][0] == event_id(envelope.id, "joe@example.test", "delivered", 1)
     assert {one.headers["gmta-retry"] for one in peer.heard} == {"yes"}
+    for one in (*peer.heard, *down.heard):
+        jsonschema.validate(json.loads(one.body), EVENT_SCHEMA)
     assert worker.since and services.log.of("webhook events taken over") == [{"waiting": 1, "from_history": 2}]
     second.on_worker_stopping(worker)
     second.close()
