@@ -30,7 +30,8 @@ setup(
         "postgresql": ["psycopg[binary]>=3.2"],
         "ldap": ["ldap3>=2.9"],
         "test": ["ldap3>=2.9", "pytest>=8", "hypothesis>=6.100", "import-linter>=2", "ruff>=0.6", "mypy>=1.11", "pyyaml>=6",
-                 "dkimpy[ARC,ed25519]>=1.1.8", "jsonschema>=4.20", "standardwebhooks>=1.0", "acme>=5", "josepy>=2"],
+                 "dkimpy[ARC,ed25519]>=1.1.8", "jsonschema>=4.20", "standardwebhooks>=1.0", "acme>=5", "josepy>=2",
+                 "psycopg[binary]>=3.2"],
         "acme": ["acme>=5", "josepy>=2"],
     },
     entry_points={
