@@ -44,7 +44,8 @@ class PostgreSQL:
         self._run("initdb", "-D", str(data), "-U", "gmta", "-A", "trust", "-N", "--no-instructions", "-E", "UTF8", "--locale=C")
         with open(data / "postgresql.conf", "a", encoding="utf-8") as file:
             file.write(f"listen_addresses = '127.0.0.1'\nport = {self.port}\nunix_socket_directories = '{self.directory}'\n"
-                       f"fsync = {'on' if fsync else 'off'}\nmax_connections = 200\nshared_buffers = 256MB\nmax_wal_size = 4GB\n")
+                       f"fsync = {'on' if fsync else 'off'}\nmax_connections = 200\nshared_buffers = 256MB\nmax_wal_size = 4GB\n"
+                       "authentication_timeout = 2s\n")  # how long a shutdown waits for who has only begun to connect
         self.start()
 
     def _options(self) -> dict[str, object]:

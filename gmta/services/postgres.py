@@ -35,7 +35,7 @@ from psycopg.conninfo import conninfo_to_dict
 if TYPE_CHECKING:
     from gmta.services.log import Log
 
-SIZE = 4  # connections of a pool; the store holds two more
+SIZE = 4  # connections of a pool; the store has three of its own
 CONNECT_S = 5.0
 STATEMENT_S = 20.0
 ANSWER_S = 30.0  # without any answer the connection counts as lost
