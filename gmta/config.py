@@ -39,6 +39,7 @@ _DURATION = re.compile(r"(?:\d+(?:\.\d+)?\s*(?:ms|[smhdw])\s*)+|\d+(?:\.\d+)?", 
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])?", re.I)
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d*)\s*([smhd])\w*\s*\Z")
 _UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_PASSWORD = re.compile(r"(://[^/@:]*:)[^/@]*(?=@)")  # of a URL
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9_.*-]+")
 _ON_REPLY = re.compile(r"([45][0-9x]{2})(?:\s+([45]\.[0-9x]+\.[0-9x]+))?(?:\s+(.*?))?\s*->\s*pause\s+(\S+)")
@@ -393,7 +394,7 @@ def _explain(section: Section, key: str, error: Any, known: list[str]) -> str:
         return f"{where}: unknown key{nearest(key, known)}"
     if kind == "missing":
         return f"{section.where()} {key}: expected to be given"
-    shown = repr(error["input"])
+    shown = "what is in it" if key.endswith("_file") and key != error["loc"][0] else _PASSWORD.sub(r"\1…", repr(error["input"]))
     if kind in ("value_error", "assertion_error"):
         expected = str(error["ctx"]["error"])
     elif kind.startswith("int"):

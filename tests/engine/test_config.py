@@ -124,6 +124,8 @@ def test_without_routes_the_first_maildir_and_the_first_relay_serve(tmp_path: Pa
     ("[domains]\nrelay_from = 10.0.0.1/8\n",
      "F:2: [domains] relay_from: expected a network such as 192.0.2.0/24 or 2001:db8::/32, not '10.0.0.1/8'"),
     ("[tls]\ncertificate = none.pem\n", "F:2: [tls] certificate: expected a file that exists and can be read, not 'none.pem'"),
+    ("[queue]\nstore = mysql://u:hush@h/d\n", "F:2: [queue] store: expected sqlite or postgresql://…, not 'mysql://u:…@h/d'"),
+    ("[queue]\nlease = 1s\n", "F:2: [queue] lease: expected greater than or equal to 2, not 1.0"),
     ("[transport:a]\npath = x\n", "F:1: [transport:a] type: expected to be given"),
     ("[transport:a]\ntype = relay\nrate = 0/s\n",
      "F:3: [transport:a] rate: expected a rate such as 10/s, 600/m or 1000/h, not '0/s'"),
@@ -148,6 +150,12 @@ def test_all_errors_come_at_once(tmp_path: Path) -> None:
     found = errors(tmp_path, "[gmta]\nworkers = x\nlogfile = y\n[queue]\nretry = 5m soon\n[rout]\n")
     assert [error.split(": expected")[0].split(": unknown")[0] for error in found] == [
         "F:2: [gmta] workers", "F:3: [gmta] logfile", "F:5: [queue] retry", "F:6: [rout]"]
+
+
+def test_what_is_wrong_in_a_secret_file_is_not_shown(tmp_path: Path) -> None:
+    written(tmp_path, "mysql://hush\n", "store")
+    assert errors(tmp_path, "[queue]\nstore_file = store\n") == [
+        "F:2: [queue] store_file: expected sqlite or postgresql://…, not what is in it"]
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
