@@ -7,7 +7,8 @@ for good (groups, gid, uid), and only then looks at the message and lets the tra
 (links, FIFOs, odd modes), the process has that user's rights and no others. It serves one account, for some messages or seconds.
 Never root: an account with uid 0 gets no mail. The process that stays root reads nothing from anybody.
 
-Failure: a fork that dies or hangs is one delivery that the worker tries again; it is killed past the time that a delivery may take.
+Failure: a fork that dies or hangs is one delivery that the worker tries again; it is killed past the time that a delivery may take, and
+at once where it is stopped: its user may send it signals, and would keep all that there may be.
 A configuration that can't be used ends it with 78, as it does a worker.
 """
 
@@ -73,10 +74,13 @@ class Agent:
         for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, lambda signum, frame: None)
         self._listening.setblocking(False)
+        listening = self._listening.fileno()
         end = float("inf")
         while time.monotonic() < end:
-            wanted: list[Any] = [wake, *([life] if end == float("inf") else []), *([self._listening] if len(self._children) < MOST else [])]
-            ready = select.select(wanted, [], [], 1.0)[0]
+            waiting = select.poll()  # select(2) knows no descriptor above 1023, and these have the supervisor's numbers
+            for one in (wake, *([life] if end == float("inf") else []), *([listening] if len(self._children) < MOST else [])):
+                waiting.register(one, select.POLLIN)
+            ready = {descriptor for descriptor, _ in waiting.poll(1000)}
             if wake in ready:
                 try:
                     os.read(wake, 512)
@@ -85,19 +89,22 @@ class Agent:
             if life in ready:
                 end = time.monotonic() + ORPHAN_S
             self._reap()
-            if self._listening in ready:
+            if listening in ready:
                 self._accept()
 
     def _reap(self) -> None:
         """Takes note of processes that ended, and ends those past their time."""
         while self._children:
             try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
                 self._children.clear()
                 return
             if not pid:
                 break
+            if os.WIFSTOPPED(status):
+                os.kill(pid, signal.SIGKILL)
+                continue
             self._children.pop(pid, None)
         now = time.monotonic()
         for pid, began in self._children.items():

@@ -11,6 +11,7 @@ import smtplib
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,16 @@ def test_a_command_that_hangs_holds_up_nobody_else(gmta: Gmta, homes: Path) -> N
     until(lambda: not [one for one in json.loads(gmta.command("queue", "list", "--json").stdout) if one["recipients"][0]["address"].startswith("games")], "its record")
 
 
+def test_a_user_who_stops_his_own_processes_keeps_none_of_the_agents(gmta: Gmta, homes: Path) -> None:
+    """Or a few hundred such, each kept for minutes, would be all that there may be."""
+    serve(gmta, homes)
+    gmta.stop()
+    gmta.serve(re.sub(r"(?m)^command = .*$", "command = /bin/sh -c 'kill -STOP $PPID; sleep 60'", gmta.config.read_text()))
+    send(gmta, "www-data@example.test")
+    assert "The delivery agent can't be asked" in history(gmta, "www-data@example.test")
+    assert not [pid for pid in children(agent(gmta)) if "State:\tT" in Path(f"/proc/{pid}/status").read_text()]
+
+
 @pytest.mark.parametrize(("name", "status"), [("root", "5.7.1"), ("no-such-account", "5.1.1"), ("..", "5.1.")])
 def test_who_gets_no_mail(gmta: Gmta, homes: Path, name: str, status: str) -> None:
     serve(gmta, homes)
@@ -269,5 +280,8 @@ def test_nobody_else_is_served(gmta: Gmta, homes: Path) -> None:
 
 def inodes(pid: int) -> set[str]:
     """The inodes of a process's sockets."""
-    links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+    links = []
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed since
+            links.append(os.readlink(entry.path))
     return {link[8:-1] for link in links if link.startswith("socket:[")}
