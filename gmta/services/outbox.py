@@ -149,6 +149,7 @@ class Outbox:
             fcntl.flock(file, fcntl.LOCK_EX)
             os.rename(f"{path}.new", f"{path}.log")
         except BaseException:
+            _remove(f"{path}.new")
             os.close(file)
             raise
         self._file, self._path, self._size, self._broken = file, f"{path}.log", 0, False
@@ -157,18 +158,33 @@ class Outbox:
         now = self._clock()
         if self._file < 0:
             self._begin()
-        elif self._size > LARGE:
-            self._former.append((now + KEPT_S, self._path, self._file))
-            self._file = -1
-            self._append(b"".join(_entry(*entry) for entry in entries()))
         os.utime(self._file)
+        if self._size > LARGE:
+            self._begin_anew(now, entries())
         while self._former and self._former[0][0] <= now:
             _, path, file = self._former.pop(0)
             _remove(path)
             os.close(file)
         for entry in os.scandir(self._directory):
-            if entry.name.endswith(OLD) and entry.stat(follow_symlinks=False).st_mtime < now - KEPT_S:
-                _remove(entry.path)
+            try:
+                if entry.name.endswith(OLD) and entry.stat(follow_symlinks=False).st_mtime < now - KEPT_S:
+                    os.unlink(entry.path)
+            except FileNotFoundError:  # another process was sooner
+                continue
+
+    def _begin_anew(self, now: float, entries: Iterable[tuple[str, float, bytes]]) -> None:
+        """Another file with what is not done; where it can't be written, the one that there is stays. Raises OSError."""
+        former = self._file, self._path, self._size, self._broken
+        self._file = -1
+        try:
+            self._append(b"".join(_entry(*entry) for entry in entries))
+        except OSError:
+            if self._file >= 0:
+                _remove(self._path)
+                os.close(self._file)
+            self._file, self._path, self._size, self._broken = former
+            raise
+        self._former.append((now + KEPT_S, former[1], former[0]))
 
     def _take_over(self) -> Found:
         found = Found()
@@ -241,7 +257,7 @@ def _lock(path: str) -> int:
         return -1
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file).st_nlink:  # else somebody took it over meanwhile
+        if os.path.samestat(os.fstat(file), os.lstat(path)):  # else somebody took it over meanwhile
             return file
     except OSError:
         pass

@@ -120,6 +120,48 @@ def test_a_large_file_is_begun_anew_and_the_old_one_goes_later(make: Make, tmp_p
     assert not third.take_over().entries
 
 
+def test_a_full_disk_leaves_the_large_file(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be written anew is still there, however long the disk is full."""
+    monkeypatch.setattr(module, "LARGE", 100)
+    first, second = make(), make()
+    first.keep("a", b"x" * 100, wait=True)
+
+    def full(file: int, data: bytes) -> None:
+        os.write(file, data[:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_all", full)
+        for _ in range(3):
+            first.beat(lambda: [("a", 1.0, b"x" * 100)])
+            first._batch.submit(lambda: None)
+            assert "No space" in first.trouble
+            first._clock.advance(module.KEPT_S)  # type: ignore[attr-defined]
+    assert len(logs(tmp_path)) == 1
+    first.keep("b", b"{2}", wait=True)
+    first.beat(lambda: [("a", 1.0, b"x" * 100), ("b", 1.0, b"{2}")])
+    first._batch.submit(lambda: None)
+    assert not first.trouble and len(logs(tmp_path)) == 2
+    die(first)
+    assert list(second.take_over().entries) == ["a", "b"]
+
+
+def test_a_file_that_another_has_dealt_with_since_it_was_opened(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = make(), make(), make()
+    first.keep("a", b"{1}", wait=True)
+    die(first)
+    found = second.take_over()
+    flock = fcntl.flock
+
+    def slowly(file: int, how: int) -> None:
+        if found:
+            second._release(found)
+        flock(file, how)
+
+    monkeypatch.setattr(module.fcntl, "flock", slowly)
+    assert not third.take_over().entries and not found
+
+
 def test_nobody_is_led_elsewhere(make: Make, tmp_path: Path) -> None:
     (tmp_path / "events").mkdir()
     (tmp_path / "other").write_bytes(b"+a 1.000 1 x\n")
