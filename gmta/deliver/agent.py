@@ -15,6 +15,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import gevent
@@ -33,6 +34,7 @@ MAX_FRAME = 4 * 1024 * 1024  # octets: a hundred recipients with all that is kno
 LONGEST_S = 300.0  # a delivery of a transport that names no other time
 GRACE_S = 30.0
 ROOM_S = 10.0
+ROOM_OF_ACCOUNT = 2  # questions about one account's room at a time; the others wait
 CONCURRENCY = 32  # deliveries at a time, and connections kept: each is a process
 OF_ACCOUNT = 4  # of them for one account, where each recipient is its own
 _LENGTH = 4
@@ -159,6 +161,8 @@ class AgentTransport:
         elif hasattr(transport, "next_hop"):
             self.next_hop = transport.next_hop
         self._slots = BoundedSemaphore(CONCURRENCY)
+        self._room = ROOM_OF_ACCOUNT if many else CONCURRENCY
+        self._asked: dict[str, tuple[BoundedSemaphore, int]] = {}
         self._address = address
         self._log = log
         self._longest_s = getattr(transport, "longest_s", LONGEST_S) + GRACE_S
@@ -183,11 +187,25 @@ class AgentTransport:
     def room(self, address: Address, size: int) -> Outcome | None:
         """What the transport's own `room` says, asked as the account. Raises OSError where the agent can't be asked."""
         request = {"transport": self.name, "room": str(address), "size": size}
+        account = self.transport.user_of(address)
         try:
-            with self._slots, gevent.Timeout(ROOM_S, TimeoutError("it gave no answer in time")):
-                return self._request(self.transport.user_of(address), request, []).get(0)
+            with gevent.Timeout(ROOM_S, TimeoutError("it gave no answer in time")), self._turn(account), self._slots:
+                return self._request(account, request, []).get(0)
         except (EOFError, ValueError, KeyError, TypeError) as error:
             raise OSError(f"the delivery agent can't be asked: {error}") from error
+
+    @contextmanager
+    def _turn(self, account: str) -> Iterator[None]:
+        """One of the questions about an account: whose home hangs may be asked for by many sessions, and is to take no others' slots."""
+        turns, waiting = self._asked.get(account, (BoundedSemaphore(self._room), 0))
+        self._asked[account] = turns, waiting + 1
+        try:
+            with turns:
+                yield
+        finally:
+            waiting = self._asked.pop(account)[1] - 1
+            if waiting:
+                self._asked[account] = turns, waiting
 
     def close(self) -> None:
         """Closes kept connections."""

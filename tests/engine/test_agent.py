@@ -10,11 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import gevent
 import pytest
+from gevent.event import Event
 
 import gmta
 from gmta import Delivery
 from gmta.agent import make_transports
+from gmta.deliver import agent as module
 from gmta.deliver.agent import (
     MAX_FRAME,
     AgentTransport,
@@ -177,6 +180,26 @@ def test_each_account_is_asked_for_and_its_connection_kept(agent: Callable[[Answ
     assert asked == [(0, ["joe@example.test"], True), (0, ["joe+x@example.test", "Joe@example.test"], True), (1, ["ann@example.test"], True),
                      (2, ["ann@example.test"], False)]
     transport.close()
+
+
+def test_an_account_that_hangs_at_rcpt_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose home hangs, or who stops what runs as him, may be asked for by many sessions."""
+    def request(self: AgentTransport, account: str, request: dict[str, Any], files: list[int]) -> dict[int, gmta.Outcome]:
+        if account == "joe":
+            Event().wait()
+        return {0: gmta.failed("full")}
+
+    monkeypatch.setattr(module, "CONCURRENCY", 4)
+    monkeypatch.setattr(AgentTransport, "_request", request)
+    transport = AgentTransport("mailbox", Transport(), "", MemoryLog(), many=True)
+    joe, ann = delivery(None, "joe@example.test", "ann@example.test").recipients
+    asking = [gevent.spawn(transport.room, joe.address, 1) for _ in range(8)]
+    gevent.sleep(0)
+    asked = gevent.spawn(transport.room, ann.address, 1)
+    asked.join(1)
+    assert asked.value is not None and asked.value.reply.text == "full"
+    gevent.killall(asking)
+    assert not transport._asked and transport._slots.counter == 4
 
 
 def test_only_what_delivers_as_users_is_made(tmp_path: Path) -> None:
