@@ -5,7 +5,8 @@ Hooks: get_transports.  Keys of [transport:NAME]: aliases_file, user.  Replies: 
 limit allows; 450 4.2.0 locked by another program; 452 4.3.1 no room, 451 4.3.0 any other fault (all deferred).
 
 A message stands below `From sender date`, Return-Path and Delivered-To, with LF line ends, `>` in front of lines that would look like such a
-line (mboxrd), and an empty line behind it. The file is locked (fcntl), synced, and cut back to what it was where writing fails. Its last
+line (mboxrd), and an empty line behind it, which is made good where who wrote the message before died. The file is locked (fcntl), synced,
+and cut back to what it was where writing fails. Its last
 name is not followed where it is a symbolic link, nor waited for where it is a FIFO. A message goes at least once: a crash before its outcome
 is recorded appends it again. With `user` it is written as that account, by the delivery agent; never as root.
 """
@@ -19,6 +20,7 @@ import re
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from gevent.monkey import get_original
@@ -33,9 +35,9 @@ from gmta.mail.message import with_lf
 from gmta.mail.trace import delivered_to
 from gmta.services.accounts import find_account
 from gmta.services.aliases import FILE, Specials
-from gmta.services.files import NO_ROOM, write_all
+from gmta.services.files import NO_ROOM, sync_directory, write_all
 
-_OPEN = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_OPEN = os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _close = get_original("os", "close")
 _NOWHERE = "/dev/null"
 _FROM = re.compile(rb"(?m)^(?=>*From )")
@@ -117,7 +119,10 @@ class Mbox:
         """In a native thread; raises OSError."""
         if path == _NOWHERE:
             return _DONE
-        file = os.open(path, _OPEN, 0o600)
+        try:
+            file = os.open(path, _OPEN | os.O_RDWR, 0o600)
+        except PermissionError:
+            file = os.open(path, _OPEN | os.O_WRONLY, 0o600)
         try:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # a second name may be one that others have given it
@@ -128,16 +133,28 @@ class Mbox:
                 return _LOCKED
             size = os.fstat(file).st_size
             try:
-                write_all(file, first)
+                write_all(file, _missing_end(file, size) + first)
                 for piece in quoted(pieces):
                     write_all(file, piece)
                 os.fsync(file)
+                if not size:
+                    with suppress(PermissionError):  # a directory may be one that nobody is to list
+                        sync_directory(os.path.dirname(path))
             except OSError:
                 os.ftruncate(file, size)
                 raise
             return _DONE
         finally:
             _close(file)
+
+
+def _missing_end(file: int, size: int) -> bytes:
+    """What lacks of the empty line that ends the last message: who wrote it may have died, and its reader would take ours for its rest."""
+    try:
+        end = os.pread(file, 2, max(0, size - 2))
+    except OSError:  # it may not be read
+        return b""
+    return b"" if not end or end == b"\n\n" else b"\n" if end.endswith(b"\n") else b"\n\n"
 
 
 def quoted(pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -106,6 +106,40 @@ def test_a_full_disk_leaves_what_was(make: Make, tmp_path: Path, monkeypatch: py
     assert (tmp_path / "box").read_bytes() == before
 
 
+@pytest.mark.parametrize("end", [b"From x\nSubject: cut sho", b"From x\nSubject: cut\n", b"From x\nSubject: whole\n\nhi\n\n"])
+def test_a_message_that_was_cut_takes_no_other_with_it(make: Make, tmp_path: Path, end: bytes) -> None:
+    """Who died while writing, or another program, may have left the file without the empty line that ends a message."""
+    (tmp_path / "box").write_bytes(end)
+    (tmp_path / "box").chmod(0o600)
+    assert deliver(make(), tmp_path / "box", Message.from_bytes(b"Subject: next\r\n\r\nhi\r\n")).reply.enhanced == "2.0.0"
+    text = (tmp_path / "box").read_bytes()
+    assert text.startswith(end) and text[len(end):].lstrip(b"\n").startswith(b"From a@b.example")
+    assert text.split(b"From a@b.example")[0].endswith(b"\n\n") and not text.split(b"From a@b.example")[0].endswith(b"\n\n\n")
+    assert [one["Subject"] for one in mailbox.mbox(tmp_path / "box")][1] == "next"
+
+
+def test_the_name_of_a_new_file_is_made_durable(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(mbox, "sync_directory", synced.append)
+    transport = make()
+    for _ in range(2):
+        deliver(transport, tmp_path / "box")
+    assert synced == [str(tmp_path)]
+
+
+def test_a_file_that_may_only_be_written(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = make()
+    open_ = os.open
+
+    def without_reading(path: str, flags: int, *more: int) -> int:
+        if flags & os.O_ACCMODE == os.O_RDWR and path.endswith("box"):
+            raise PermissionError(13, "Permission denied")
+        return open_(path, flags, *more)
+
+    monkeypatch.setattr(mbox.os, "open", without_reading)
+    assert deliver(transport, tmp_path / "box").reply.enhanced == "2.0.0"
+
+
 def test_a_locked_file_waits(make: Make, tmp_path: Path) -> None:
     (tmp_path / "box").touch()
     ready, done = os.pipe(), os.pipe()
