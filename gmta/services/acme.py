@@ -53,6 +53,7 @@ SETTLED_S = 3600.0  # a new certificate is not looked at sooner, whatever it say
 LOCK_S = 2.0
 SLEEP_S = 3600.0  # the clock may be set meanwhile
 ORDER_S = 300.0  # for an authority to look and to sign
+LONGEST_S = 900.0  # for all that is asked of it at a time
 REQUEST_S = 30.0
 PEER_S = 10.0  # for who connects to the challenge's address
 PEERS = 50
@@ -75,16 +76,13 @@ class Held:
             self.certificate = x509.load_pem_x509_certificates(pem)[0]
             other = _public(self.key.public_key()) != _public(self.certificate.public_key())
             names = self.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
-        except (TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound) as error:
+            self.placeholder = self.certificate.issuer == self.certificate.subject  # then it is ours, and no authority's
+        except (TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType,
+                x509.InvalidVersion) as error:
             raise ValueError(str(error)) from error
         if other:
             raise ValueError("the certificate is of another key")
         self.names = {name.lower() for name in names}
-
-    @property
-    def placeholder(self) -> bool:
-        """Whether it is ours, and no authority's."""
-        return self.certificate.issuer == self.certificate.subject
 
     @property
     def ends_at(self) -> float:
@@ -134,6 +132,14 @@ def self_signed(key: ec.EllipticCurvePrivateKey, names: Sequence[str], *, days: 
 def _key_pem(key: Any) -> bytes:
     octets: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     return octets
+
+
+def _load(context: ssl.SSLContext, folder: str, pem: bytes) -> None:
+    """Has a TLS context take a key and its certificates, by a file, since ssl takes no octets. Raises OSError."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="load-") as file:
+        file.write(pem)
+        file.flush()
+        context.load_cert_chain(file.name)
 
 
 def _public(key: Any) -> bytes:
@@ -206,10 +212,7 @@ class TlsAnswers:
         context = SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols([ALPN])
-        with tempfile.NamedTemporaryFile(dir=self._folder, prefix="challenge-") as file:  # ssl takes no octets
-            file.write(_key_pem(key) + certificate.public_bytes(Encoding.PEM))
-            file.flush()
-            context.load_cert_chain(file.name)
+        _load(context, self._folder, _key_pem(key) + certificate.public_bytes(Encoding.PEM))
         self._contexts[name] = context
         if self._front is None:
             self._front = SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -316,10 +319,16 @@ class Authority:
 
     def _told(self, ask: Callable[[], Any]) -> Any:
         """What `ask` returns; whatever the package raises for what a server says becomes an AcmeError."""
+        limit = gevent.Timeout(LONGEST_S)
         try:
-            return ask()
+            with limit:
+                return ask()
         except AcmeError:
             raise
+        except gevent.Timeout as timeout:
+            if timeout is not limit:
+                raise
+            raise AcmeError(f"no answer within {LONGEST_S:g} s") from None  # REQUEST_S is for each piece of one
         except self._errors.ValidationError as error:
             raise AcmeError("; ".join(f"{one.body.identifier.value}: {challenge.error.detail or challenge.error}"
                                       for one in error.failed_authzrs for challenge in one.body.challenges if challenge.error is not None)) from error
@@ -460,6 +469,7 @@ class Acme:
         self.kept = [Kept(path, names) for path, names in config.obtained.items()]
         self._greenlet: Any = None
         self._lock = -1
+        self._no_lock: int | None = None  # why, as it was said last
 
     def start(self) -> None:
         """Begins, in a greenlet of its own, as soon as no other worker does it."""
@@ -475,13 +485,8 @@ class Acme:
             self._lock = -1
 
     def _run(self) -> None:
-        self._lock = os.open(os.path.join(self._folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:  # the worker that this one takes over from has it
-                gevent.sleep(LOCK_S)
+        while not self._has_lock():
+            gevent.sleep(LOCK_S)
         self._responder.start()
         while True:
             now = self._services.clock()
@@ -490,6 +495,21 @@ class Acme:
                     self.look_after(one)
             wait_s = min(one.look_at for one in self.kept) - self._services.clock()
             gevent.sleep(min(max(wait_s, 1.0), SLEEP_S))
+
+    def _has_lock(self) -> bool:
+        """Whether nobody else keeps certificates now."""
+        try:
+            if self._lock < 0:
+                self._lock = os.open(os.path.join(self._folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # the worker that this one takes over from has it
+            return False
+        except OSError as error:
+            if error.errno != self._no_lock:
+                self._log.error("no certificate is looked after", error=f"{self._folder}: {error.strerror}")
+            self._no_lock = error.errno
+            return False
+        return True
 
     def look_after(self, one: Kept) -> None:
         """Renews a certificate where it is time, and says when to look again. Raises nothing."""
@@ -558,6 +578,7 @@ class Acme:
         new = Held(pem)
         if new.names != set(one.names):
             raise AcmeError(f"the certificate that came is for {', '.join(sorted(new.names)) or 'nobody'}")
+        _load(SSLContext(ssl.PROTOCOL_TLS_SERVER), self._folder, pem)  # or the next start would be stopped by it
         self._services.batch("acme").submit(lambda: _replace(one.path, pem))
         one.failures = 0
         one.look_at = self._services.clock() + SETTLED_S

@@ -19,6 +19,8 @@ from typing import Any
 import gevent
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from gevent import socket as gsocket
 from gevent.event import Event
@@ -241,6 +243,65 @@ def test_a_file_that_is_damaged_is_obtained_anew(site: Site, tmp_path: Path, con
     Path(site.one.path).write_bytes(content)
     site.look()
     assert len(site.signer.asked) == 2 and site.held().names == {"mx.example.test"}
+
+
+def odd(key_pem: bytes) -> bytes:
+    """A certificate that has names which can't be read."""
+    key: Any = load_pem_private_key(key_pem, None)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1).not_valid_before(now)
+    return (builder.not_valid_after(now + datetime.timedelta(days=90)).add_extension(x509.UnrecognizedExtension(x509.OID_SUBJECT_ALTERNATIVE_NAME, b"\x30\x02\xa3\x00"), False)
+            .sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+
+
+def weak() -> bytes:
+    """A certificate of an authority that no TLS library takes."""
+    key = rsa.generate_private_key(65537, 1024)
+    return acme.self_signed(key, ["weak.example"], days=90).public_bytes(Encoding.PEM)  # type: ignore[arg-type]
+
+
+def test_a_certificate_that_can_t_be_used_is_not_taken(site: Site) -> None:
+    """Whatever the authority gives out: what is there stays, and another is asked for later."""
+    site.look()
+    before, obtain = Path(site.one.path).read_bytes(), site.signer.obtain
+    for made in (lambda names, pem: odd(pem), lambda names, pem: obtain(names, pem) + weak()):
+        site.signer.obtain = made  # type: ignore[assignment]
+        site.clock.advance(80 * DAY_S)
+        site.one.look_at = 0.0
+        assert site.look() >= 60 and site.one.failures == 1
+        assert Path(site.one.path).read_bytes() == before and len(site.log.of("no certificate")) == 1
+        site.log.lines.clear()
+        site.one.failures = 0
+    Path(site.one.path).write_bytes(Path(site.one.path).read_bytes().partition(b"-----BEGIN CERT")[0] + odd(before))
+    site.signer.obtain = obtain  # type: ignore[method-assign]
+    site.clock.advance(AGAIN_S)
+    site.look()
+    assert site.held().names == {"mx.example.test"}
+
+
+def test_where_there_is_no_lock_to_be_had_it_is_tried_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acme, "LOCK_S", 0.0)
+    lock = Path(site.one.path).parent / "lock"
+    lock.mkdir()
+    site.config.acme.addresses.clear()
+    looked = Event()
+    site.keeper.look_after = lambda one: [looked.set(), setattr(one, "look_at", float("inf"))]  # type: ignore[assignment, method-assign, return-value]
+    site.keeper.start()
+    for _ in range(5):
+        gevent.sleep(0)
+    assert len(site.log.of("no certificate is looked after")) == 1
+    lock.rmdir()
+    assert looked.wait(10)
+    site.keeper.stop()
+
+
+def test_an_authority_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece of an answer may come in time, and there may be one more without end."""
+    monkeypatch.setattr(acme, "LONGEST_S", 0.01)
+    authority = Authority(written(tmp_path, ON).acme, str(tmp_path), HttpAnswers())
+    with pytest.raises(AcmeError, match="no answer within"):
+        authority._told(lambda: gevent.sleep(10))
 
 
 def test_a_key_that_is_kept(begin: Begin) -> None:
