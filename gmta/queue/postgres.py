@@ -39,7 +39,8 @@ from gmta.services.files import NO_ROOM, write_all
 from gmta.services.log import Log
 from gmta.services.postgres import Connection, Database, DatabaseDown, Gather, Integers, Texts, columns, is_lost
 
-LINGER_S = 0.0005  # a transaction waits so long for company; more comes while the one before is under way
+LINGER_S = 0.0005  # intake waits so long for company; more comes while the transaction before is under way
+RESULTS_LINGER_S = 0.008  # the same for results: no client waits for them
 PUT_S = 100.0  # a client is told that it must come again when it is not known after so long what became of its message
 RESOLVE_S = 5.0
 ROOM_FOR_S = 0.5
@@ -144,7 +145,7 @@ class PostgresStore:
         os.makedirs(self._spool, mode=0o700)
         self._intake = Gather(self._take_in, max_items=256, linger_s=LINGER_S)
         self._intake_connection: Connection | None = None
-        self._writer = Gather(self._run, max_items=512, linger_s=LINGER_S)
+        self._writer = Gather(self._run, max_items=512, linger_s=RESULTS_LINGER_S)
         self._reader = Gather(self._read, max_items=16)
         self._beat = gevent.spawn(self._keep_lease)
 
