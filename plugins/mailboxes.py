@@ -24,7 +24,7 @@ import re
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from gevent import get_hub
+from gevent.threadpool import ThreadPool
 from pydantic import Field, field_validator
 
 from gmta import PluginConfig, Verdict, accept, defer, hookimpl, reject
@@ -38,6 +38,7 @@ from gmta.services.watched import Watched
 MAX_DEPTH = 50  # an alias chain longer than this is taken for a loop
 ACCOUNT_S = 60.0
 MAX_ACCOUNTS = 10_000
+LOOKUPS = 4  # accounts that are looked up at a time; each may be asked for over a network
 MAX_TARGETS = 1000  # one RCPT must not become an unbounded number of recipients
 
 # What a mailbox name must not hold unless the postmaster listed it: path parts, commands, routes, quoting.
@@ -123,6 +124,7 @@ class Plugin:
             if name and name not in services.config.transports:
                 raise ValueError(f"{key}: there is no [transport:{name}]")
         self._accounts: dict[str, tuple[bool, float]] = {}
+        self._threads: ThreadPool | None = None
         self._catch_all = Address.parse(config.catch_all) if config.catch_all else None
         self._paths = [path for path in (config.mailboxes_file, config.aliases_file) if path]
         self._own = len(self._paths)  # behind them those that aliases include
@@ -232,7 +234,12 @@ class Plugin:
         if known is None or not known[1] - ACCOUNT_S <= now < known[1]:
             if len(self._accounts) >= MAX_ACCOUNTS:
                 self._accounts.clear()
-            known = self._accounts[name] = (get_hub().threadpool.apply(_has_account, (name,)), now + ACCOUNT_S)  # may ask over the network
+            if self._threads is None:  # of its own: where a directory hangs, the hub's go on with what is asked of no directory
+                self._threads = ThreadPool(LOOKUPS)
+            found = self._threads.apply(_has_account, (name,))
+            if isinstance(found, OSError):
+                raise found
+            known = self._accounts[name] = (found, now + ACCOUNT_S)
         return known[0]
 
     def _targets_of(self, name: str, host: str) -> list[str] | None:
@@ -282,9 +289,12 @@ class WithSpecials(Plugin):
         return self._special.get(kind) if kind in self._special and _SPECIAL.match(address.local) and address.host in self._domains else None
 
 
-def _has_account(name: str) -> bool:
-    """In a native thread; raises OSError where that can't be told now."""
-    account = find_account(name)
+def _has_account(name: str) -> bool | OSError:
+    """In a native thread; an OSError where that can't be told now, given back since the pool would print it."""
+    try:
+        account = find_account(name)
+    except OSError as error:
+        return error
     return account is not None and account.uid != 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
+import gevent
 import pytest
 
 from gmta.mail.address import Address
@@ -297,6 +299,27 @@ def test_accounts_that_can_not_be_looked_up(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(mailboxes, "find_account", fails)
     verdict = ask(make(accept="system")[0], "joe@example.test")
     assert verdict is not None and verdict.kind is Kind.DEFER and verdict.reply.code == 451
+
+
+def test_a_directory_that_hangs_takes_no_thread_from_others(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Messages that come in write their files in the hub's threads, and there are few of them."""
+    answers = threading.Event()
+
+    def hangs(name: str) -> None:
+        answers.wait(30)
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(mailboxes, "find_account", hangs)
+    plugin = make(accept="system")[0]
+    asking = [gevent.spawn(ask, plugin, f"joe{number}@example.test") for number in range(20)]
+    gevent.sleep(0)
+    other = gevent.spawn(gevent.get_hub().threadpool.apply, int)
+    other.join(5)
+    held_up = not other.ready()
+    answers.set()
+    gevent.joinall([*asking, other])
+    assert not held_up and {one.value.reply.code for one in asking} == {451}
+    assert not capfd.readouterr().err  # a line of the log is enough
 
 
 def test_an_included_list_is_read_again_when_it_changes(tmp_path: Any) -> None:
