@@ -237,7 +237,7 @@ class Maildir:
         home, slash, rest = config.path.partition("/")
         self._in_home = home == "{home}" and bool(config.user)
         if self._in_home:
-            self.base, self._template = self._account.home if self._account is not None else "", _split_path(slash + rest, fixed=False)[1]
+            self.base, self._template = _home(self._account) if self._account is not None else "", _split_path(slash + rest, fixed=False)[1]
         else:
             self.base, self._template = _split_path(os.path.join(services.config.base, config.path))  # relative to the configuration file
         self._separator = config.detail_separator
@@ -266,13 +266,12 @@ class Maildir:
         if name != self._is:
             try:
                 account = _account(name)
+                home = _home(account) if self._in_home else self.base
             except ValueError as error:
-                raise OSError(errno.EINVAL, "there is no such account") from error
+                raise OSError(errno.EINVAL, str(error).removeprefix("user: ")) from error
             if self._is or os.geteuid() != account.uid:
                 raise PermissionError(errno.EPERM, f"not as {name}, for which gmta has to be started as root")
-            self._is = name
-            if self._in_home:
-                self.base = account.home
+            self._is, self.base = name, home
 
     def deliver(self, delivery: Any) -> dict[int, gmta.Outcome]:
         """Writes a file a recipient."""
@@ -805,6 +804,13 @@ def _account(name: str) -> Account:
     if account is None:
         raise ValueError(f"user: there is no account {name}")
     return account
+
+
+def _home(account: Account) -> str:
+    """The account's home; raises ValueError where passwd(5) has none for it, or one below wherever we happen to be."""
+    if not os.path.isabs(account.home):
+        raise ValueError("user: the account has no home directory")
+    return account.home
 
 
 def _owner(text: str) -> tuple[int, int] | None:

@@ -784,7 +784,7 @@ def test_quota_without_the_hook_is_warned_of(tmp_path: Path) -> None:
 # --- users ------------------------------------------------------------------------------------------------------
 
 
-def account(monkeypatch: pytest.MonkeyPatch, **homes: Path) -> None:
+def account(monkeypatch: pytest.MonkeyPatch, **homes: Path | str) -> None:
     """Accounts of these names, all of them ours."""
     monkeypatch.setattr("gmta_plugins.maildir.find_account", lambda name: Account(name, os.geteuid(), os.getegid(), str(homes[name])))
 
@@ -807,6 +807,18 @@ def test_mail_is_never_written_as_somebody_else(make: Callable[..., Maildir], tm
     assert deliver(transport, address("nobody")).status is (Status.DEFERRED if os.geteuid() != pwd.getpwnam("nobody").pw_uid else Status.DELIVERED)
     assert deliver(transport, address("no-such-account")).status is Status.DEFERRED
     assert not list(tmp_path.glob("no*"))
+
+
+@pytest.mark.parametrize("home", ["", "joe", "./joe"])
+def test_a_home_that_is_nowhere(make: Callable[..., Maildir], monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    """An entry of passwd(5) may have none, and a relative one would be below wherever we happen to be."""
+    account(monkeypatch, joe=home)
+    transport = make(path="{home}/mail", user="{user}")
+    monkeypatch.setattr(transport, "_write_all", lambda items: [None] * len(items))
+    outcome = deliver(transport, address("joe"))
+    assert str(outcome.reply) == "451 4.3.0 Mailbox can't be written: the account has no home directory"
+    with pytest.raises(ValueError, match="home"):
+        make(path="{home}/Maildir", user="joe")
 
 
 @pytest.mark.parametrize("keys", [{"user": "no-such-account"}, {"user": "root", "owner": "root"}, {"path": "{home}/Maildir"}, {"path": "x/{home}", "user": "root"}])
