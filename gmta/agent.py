@@ -35,7 +35,7 @@ import gevent.subprocess
 
 import gmta
 from gmta.config import EX_CONFIG, Config, ConfigError
-from gmta.deliver.agent import LONGEST_S, close_all, delivery_of, frame, read_frame, rows_of
+from gmta.deliver.agent import LONGEST_S, ROOM_S, close_all, delivery_of, frame, read_frame, rows_of
 from gmta.mail.envelope import stored_address
 from gmta.plugins import PluginManager
 from gmta.services import Services
@@ -192,11 +192,13 @@ class Fork:
             raise ValueError(f"no transport {request['transport']!r} delivers as a user")
         if "room" in request:
             address = stored_address(str(request["room"]))
+            signal.setitimer(signal.ITIMER_REAL, 2 * ROOM_S)  # ends the process, whatever call it hangs in: who asked has long gone
             refused = self._become({transport.user_of(address)})
             try:
                 outcome = refused or self._work(transport.room, address, int(request["size"]))
             except OSError:
                 outcome = None  # the delivery will tell
+            signal.setitimer(signal.ITIMER_REAL, 0)
             return {} if outcome is None else {0: outcome}
         recipients = delivery_of({**request, "message": [0, 0, 0, 0]}, files).recipients  # nothing of the message yet
         refused = self._become({transport.user_of(recipient.address) for recipient in recipients})

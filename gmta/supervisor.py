@@ -31,6 +31,7 @@ from gmta.systemd import Given, Notifier, given_sockets
 
 HEARTBEAT_S = 30.0  # a worker silent for so long is killed, while it boots too
 STOP_S = 40.0  # a worker told to leave gets so long
+AGENT_STOP_S = 5.0  # a delivery agent told to leave, which has nothing to end, gets so long
 TAKEN_S = 1.0
 RESTART_S = 1.0  # between tries to start a worker that can't be started at all
 BACKLOG = 4096
@@ -83,8 +84,13 @@ class AgentProcess:
                 log.error("delivery agent can't be started", error=str(error), next_try_s=RESTART_S)
 
     def _start(self) -> None:
-        snapshot = memory_file(self.config)
         life_read, self._life = os.pipe()
+        try:
+            snapshot = memory_file(self.config)
+        except OSError:
+            os.close(life_read)
+            self._forget()
+            raise
         given = json.dumps({"config": snapshot, "socket": self._socket.fileno(), "uid": self._uid, "life": life_read,
                             "log": [self.config.gmta.log_level, self.config.gmta.log_format]})
         try:
@@ -107,7 +113,11 @@ class AgentProcess:
         """Ends it; what its forks have begun they end."""
         if self._popen is not None:
             self._popen.terminate()
-            self._popen.wait()
+            try:
+                self._popen.wait(AGENT_STOP_S)
+            except subprocess.TimeoutExpired:  # stopped by somebody, or in a call that hangs
+                self._popen.kill()
+                self._popen.wait()
         self._forget()
         self._socket.close()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from gevent.event import Event
 
 import gmta
 from gmta import Delivery
+from gmta import agent as process
 from gmta.agent import make_transports
 from gmta.deliver import agent as module
 from gmta.deliver.agent import (
@@ -200,6 +203,22 @@ def test_an_account_that_hangs_at_rcpt_leaves_room_for_others(monkeypatch: pytes
     assert asked.value is not None and asked.value.reply.text == "full"
     gevent.killall(asking)
     assert not transport._asked and transport._slots.counter == 4
+
+
+def test_a_directory_that_hangs_at_rcpt_keeps_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asked waits a few seconds only, and asks anew; there are some hundred processes at a time."""
+    monkeypatch.setattr(process, "ROOM_S", 0.05)
+    monkeypatch.setattr(process, "become", lambda name: time.sleep(60))
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if not pid:
+        try:
+            process.Fork({"mailbox": Transport()}, theirs).run()
+        finally:
+            os._exit(0)
+    with ours, theirs:
+        ours.sendall(frame({"transport": "mailbox", "room": "joe@example.test", "size": 1}))
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGALRM
 
 
 def test_only_what_delivers_as_users_is_made(tmp_path: Path) -> None:

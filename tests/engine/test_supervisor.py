@@ -27,6 +27,7 @@ from gmta import systemd
 from gmta.config import EX_CONFIG, ConfigError, load
 from gmta.supervisor import HEARTBEAT_S, RESTART_S, STOP_S, Supervisor, match_given, restart_pause, worker_account
 from gmta.systemd import Notifier, given_sockets
+from gmta.testing.fakes import MemoryLog
 from tests.e2e.conftest import DEADLINE_S, free_port, listens, until
 
 FAKE = (sys.executable, "-I", "-S", "-c", """
@@ -687,3 +688,23 @@ def test_serve_says_which_socket_it_has_no_listener_for(site: Site) -> None:
         process.kill()
         process.wait()
         stray.close()
+
+
+def test_an_agent_that_does_not_leave_is_killed(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A supervisor that waits for it would serve no signal, and no worker."""
+    monkeypatch.setattr(module, "AGENT_STOP_S", 0.1)
+    monkeypatch.setattr(module, "AGENT", (sys.executable, "-I", "-S", "-c", f"""
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open({str(short / "ready")!r}, "w").close()
+while True:
+    signal.pause()
+"""))
+    (short / "config.ini").write_text("")
+    agent = module.AgentProcess(load(str(short / "config.ini")), os.geteuid())
+    agent.watch(0.0, MemoryLog())  # type: ignore[arg-type]
+    assert agent._popen is not None
+    until((short / "ready").exists, "an agent")
+    popen = agent._popen
+    agent.stop()
+    assert popen.returncode == -signal.SIGKILL
