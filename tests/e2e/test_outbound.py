@@ -13,6 +13,7 @@ import json
 import os
 import pwd
 import re
+import shutil
 import smtplib
 import socket
 import sqlite3
@@ -220,10 +221,11 @@ class Exim:
     def __init__(self, directory: Path, port: int, issued: Issued, domain: str) -> None:
         self.mail = directory / "mail"
         self._directory = directory
-        binary, owner = program("exim4"), pwd.getpwnam("Debian-exim")
+        owner = pwd.getpwnam("Debian-exim")
         for path in (directory, directory / "spool", self.mail):
             path.mkdir()
             os.chown(path, owner.pw_uid, owner.pw_gid)
+        binary = shutil.copy(program("exim4"), directory / "exim4")  # it starts itself as that account, which may have no way to the checkout
         (config := directory / "conf").write_text(f"""
 exim_path = {binary}
 keep_environment =

@@ -242,7 +242,7 @@ def test_another_set_of_recipients_has_another_id() -> None:
 
 
 def odd_messages() -> Iterator[tuple[str, bytes]]:
-    """Two hundred odd messages: Python's own where they are installed, and broken ones made here."""
+    """Odd messages: Python's own where they are installed, recorded ones, and two hundred broken ones made here."""
     try:
         import test.test_email as theirs
 
@@ -260,7 +260,7 @@ def odd_messages() -> Iterator[tuple[str, bytes]]:
               b"aGVsbG8\r\n", b"aGk=aGk=\r\n", b"=C3=A4=\r\n", b"+2AA-\r\n", b"\x00\x80\xff\r\n", b"Subject: =?utf-8?B?//?= =?x?q?=ZZ?=\r\n",
               b"From: <<a@b>, \"x (c\r\n", b"To: g: a@b, (n (e)) c@d;\r\n", b" folded\r\n", b"Content-Type: text\r\n", b"Content-Type: ;;=\"\r\n"]
     rng = random.Random(6)
-    for number in range(160):
+    for number in range(200):
         yield f"made-{number}", b"From: a@b\r\n" + b"".join(rng.choice(pieces) for _ in range(rng.randrange(2, 16)))
 
 
