@@ -33,7 +33,6 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
-from gevent.pool import Pool
 from gevent.ssl import SSLContext
 
 import gmta
@@ -56,7 +55,7 @@ ORDER_S = 300.0  # for an authority to look and to sign
 LONGEST_S = 900.0  # for all that is asked of it at a time
 REQUEST_S = 30.0
 PEER_S = 10.0  # for who connects to the challenge's address
-PEERS = 50
+PEERS = 200
 HEAD = 8192
 ALPN = "acme-tls/1"
 IDENTIFIER = x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31")  # RFC 8737 section 3
@@ -245,7 +244,7 @@ class Responder:
     def __init__(self, answers: HttpAnswers | TlsAnswers, sockets: Sequence[Any]) -> None:
         self._answers = answers
         self._sockets = sockets
-        self._peers = Pool(PEERS)
+        self._peers: dict[Any, None] = {}  # the oldest first
         self._acceptors: list[Any] = []
 
     def start(self) -> None:
@@ -255,7 +254,7 @@ class Responder:
     def stop(self) -> None:
         """Takes no more, and closes the sockets."""
         gevent.killall(self._acceptors)
-        self._peers.kill()
+        gevent.killall(list(self._peers))
         for sock in self._sockets:
             sock.close()
 
@@ -266,7 +265,16 @@ class Responder:
             except OSError:
                 gevent.sleep(0.1)
                 continue
-            self._peers.spawn(self._serve, accepted)
+            if len(self._peers) >= PEERS:  # or who connects and says nothing would keep the authority out
+                oldest = next(iter(self._peers))
+                del self._peers[oldest]
+                oldest.kill(block=False)
+            peer = gevent.spawn(self._serve, accepted)
+            self._peers[peer] = None
+            peer.rawlink(self._left)
+
+    def _left(self, peer: Any) -> None:
+        self._peers.pop(peer, None)
 
     def _serve(self, accepted: Any) -> None:
         try:

@@ -447,6 +447,20 @@ def test_http_answers(answering: Callable[[Any], int]) -> None:
     assert said(port, b"GET " + PATH + b"tok-en_1 HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 404 ")
 
 
+def test_those_who_hold_on_hold_up_nobody(answering: Callable[[Any], int]) -> None:
+    """Or a few who connect and say nothing would have certificates end."""
+    answers = HttpAnswers()
+    answers.add("mx.example.test", "token", "token.print")
+    port = answering(answers)
+    silent = [gsocket.create_connection(("127.0.0.1", port), 10) for _ in range(acme.PEERS + 20)]
+    asked = gevent.spawn(said, port, b"GET " + PATH + b"token HTTP/1.1\r\n\r\n")
+    asked.join(acme.PEER_S / 2)
+    assert asked.value is not None and asked.value.endswith(b"token.print")
+    assert silent[0].recv(1) == b"" and len(silent) > acme.PEERS
+    for one in silent:
+        one.close()
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(head=st.binary(max_size=200))
 def test_http_answers_nothing_to_nonsense(head: bytes) -> None:
