@@ -8,7 +8,9 @@ raises ValueError with the place; a file of an `:include:` that can't be read ra
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from gmta.mail.address import Address
 from gmta.services.watched import Watched
 
 MAX_INCLUDE_DEPTH = 5
+MAX_INCLUDED = 10_000  # lists of a file, each as often as it is read
+MAX_LIST = 4 * 1024 * 1024  # octets
 COMMAND, FILE = "|", "/"  # what targets that are no addresses begin with
 
 _TOKEN = re.compile(r'\s*((?:"(?:[^"\\]|\\.)*"|[^",\s])+)\s*(?:,|\Z)')
@@ -59,20 +63,21 @@ class Specials:
         return iter(self._found.values())
 
     def _read(self) -> None:
-        aliases = parse_aliases(self._path.read_text(encoding="utf-8"), self._path.name, self._path.parent, special=COMMAND + FILE)
+        aliases = parse_aliases(self._path.read_text(encoding="utf-8"), self._path.name, self._path.parent, special=COMMAND + FILE, lists=False)
         self._found = {special_local(target): target for targets in aliases.values() for target in targets if target.startswith(self._kind)}
         self.trouble = ""
 
 
 def parse_aliases(text: str, source: str, directory: Path | None = None, *, special: str = "",
-                  included: list[str] | None = None) -> dict[str, list[str]]:
+                  included: list[str] | None = None, lists: bool = True) -> dict[str, list[str]]:
     """Alias name -> targets, of a file in classic aliases syntax; raises ValueError with the line.
 
     A line that starts with a blank continues the one before; `#` starts a comment line; a name or target may be
     quoted; a name that stands twice has the targets of both. `:include:FILE` is a list of addresses in a file of
     `directory`; without one it is refused. special: which of COMMAND and FILE may be targets, there as they are written.
-    included: gets the paths of the files that were read.
+    included: gets the paths of the files that were read.  lists: whether they are read; else they are taken for empty.
     """
+    included = [] if included is None else included
     logical: list[tuple[int, list[str]]] = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -94,8 +99,8 @@ def parse_aliases(text: str, source: str, directory: Path | None = None, *, spec
             key = name_key(_unquote(name) if name.startswith('"') and name.endswith('"') else name)
         except ValueError as error:
             raise ValueError(f"{where}: {match[1]!r} is not an alias name: {error}") from error
-        targets = _targets(match[2], where, directory, 0, special, [] if included is None else included)
-        if not targets:
+        targets = _targets(match[2], where, directory, 0, special, included if lists else None)
+        if not targets and lists:
             raise ValueError(f"{where}: {match[1]!r} has no target")
         aliases.setdefault(key, []).extend(targets)
     return aliases
@@ -105,7 +110,7 @@ def _unquote(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text[1:-1])
 
 
-def _targets(text: str, where: str, directory: Path | None, depth: int, special: str, included: list[str]) -> list[str]:
+def _targets(text: str, where: str, directory: Path | None, depth: int, special: str, included: list[str] | None) -> list[str]:
     found: list[str] = []
     text = text.strip()
     position = 0
@@ -127,9 +132,13 @@ def _targets(text: str, where: str, directory: Path | None, depth: int, special:
                 raise ValueError(f"{where}: :include: is read only where the configuration allows it (allow_include)")
             if depth >= MAX_INCLUDE_DEPTH:
                 raise ValueError(f"{where}: :include: nests too deep")
+            if included is None:
+                continue
             file = directory / whole[len(":include:"):].strip()
             included.append(str(file))
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if len(included) > MAX_INCLUDED:
+                raise ValueError(f"{where}: includes too many lists")
+            for number, line in enumerate(_read_list(file).splitlines(), 1):
                 if line.strip() and not line.lstrip().startswith("#"):
                     found += _targets(line, f"{file.name}:{number}", directory, depth + 1, special, included)
             continue
@@ -138,6 +147,15 @@ def _targets(text: str, where: str, directory: Path | None, depth: int, special:
         except ValueError as error:
             raise ValueError(f"{where}: {target[:40]!r} is not an address: {error}") from error
     return found
+
+
+def _read_list(path: Path) -> str:
+    """The text of an included list, where its owner may have put anything, such as a FIFO; raises OSError, ValueError."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+        data = file.read(MAX_LIST + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+    if data is None or len(data) > MAX_LIST:
+        raise ValueError(f"{path.name}: {'no plain file' if data is None else 'too large'}")
+    return data.decode("utf-8")
 
 
 def _local(name: str) -> str:

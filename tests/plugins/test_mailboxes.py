@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,8 @@ from gmta.mail.address import Address
 from gmta.mail.envelope import RecipientState
 from gmta.mail.session import Recipient, Session, Transaction
 from gmta.mail.verdict import Kind, Verdict
-from gmta.services.aliases import special_local
+from gmta.services import aliases as alias_files
+from gmta.services.aliases import Specials, special_local
 from gmta_plugins import mailboxes
 from gmta_plugins.mailboxes import parse_aliases, parse_mailboxes
 
@@ -237,6 +239,31 @@ def test_commands_and_files_are_errors_without_their_keys(tmp_path: Any) -> None
     for text in ("a: |\n", "a: /\n", 'a: "|x\ty"\n'):
         with pytest.raises(ValueError, match="aliases:1"):
             parse_aliases(text, "aliases", special="|/")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device", "large"])
+def test_whoever_keeps_a_list_holds_up_nobody(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """It may be a user's own: a FIFO there would have each worker wait, and the next start."""
+    monkeypatch.setattr(alias_files, "MAX_LIST", 100)
+    {"fifo": os.mkfifo, "directory": os.mkdir, "device": lambda path: os.symlink("/dev/zero", path),
+     "large": lambda path: path.write_text("a\n" * 100)}[kind](tmp_path / "list")
+    with pytest.raises((ValueError, OSError)):
+        parse_aliases("a: :include:list\n", "aliases", tmp_path)
+
+
+def test_lists_that_include_without_end(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alias_files, "MAX_INCLUDED", 30)
+    for name, other in ("ab", "bc", "cd"):
+        (tmp_path / name).write_text(f":include:{other}\n" * 20)
+    (tmp_path / "d").write_text("joe\n")
+    with pytest.raises(ValueError, match="includes too many"):
+        parse_aliases("a: :include:a\n", "aliases", tmp_path)
+
+
+def test_who_runs_commands_reads_no_lists(tmp_path: Any) -> None:
+    """There is nothing for it in them, and it may be root's process."""
+    (tmp_path / "aliases").write_text("a: :include:none\nb: |/bin/x\n")
+    assert list(Specials(str(tmp_path / "aliases"), "|", lambda: 0.0)) == ["|/bin/x"]
 
 
 def test_an_included_list_runs_nothing(tmp_path: Any) -> None:
