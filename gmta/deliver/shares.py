@@ -23,6 +23,7 @@ from gevent.event import Event as Signal
 
 from gmta.config import LaneSection
 from gmta.deliver.lanes import TICK_S, Gate, Lane, Lanes
+from gmta.queue import pgschema
 from gmta.queue.pgschema import lane_key, storable
 from gmta.services.log import Log
 from gmta.services.postgres import Database, DatabaseDown, Floats, Integers, Texts
@@ -204,6 +205,8 @@ class LaneShares:
         self._wake = Signal()
         self._greenlet: gevent.Greenlet | None = None
         self._failing = False
+        self._migrated = False
+        self._unsure = False  # what the database says that this worker holds may be more than it knows of
 
     # --- for Lanes ------------------------------------------------------------------------------------------------
 
@@ -280,6 +283,7 @@ class LaneShares:
 
     def share(self, lanes: Lanes) -> None:
         """One round trip: says what has changed here, hears what has elsewhere. Raises psycopg.Error, DatabaseDown, OSError."""
+        self._make_tables()
         now = self._clock()
         gates = [self._gates[name] for name in sorted(self._gates)]
         for gate in gates:
@@ -290,12 +294,16 @@ class LaneShares:
                     lanes.let_go(gate)
                 except Exception:  # a transport's own
                     self._log.error("transport failed", lane=gate.name, traceback=traceback.format_exc())
+            if self._unsure:
+                gate.told = (-1, -1)
         limited = [(gate.name, gate.connections, *news) for gate in gates if gate.connections and (news := gate.news(now))]
         missing = [(gate.name, gate.gap_s, n) for gate in gates if (n := gate.misses(now))]
         for gate in gates:
             gate.asked_points = False
         closed, opened, asked = dict(self._closed), set(self._opened), dict(self._asked)
-        answers = self._exchange(limited, missing, closed, opened, asked)
+        unsure, self._unsure = self._unsure, True
+        answers = self._exchange(limited, missing, closed, opened, asked, unsure)
+        self._unsure = False
         offset_s = self._clock() - answers[_CLOCK][0][0]  # our clock minus the database's
         for name, told in closed.items():
             if self._closed.get(name) is told:
@@ -316,9 +324,16 @@ class LaneShares:
                 gate.asked = False
         self._purge(now)
 
+    def _make_tables(self) -> None:
+        """The first who comes makes them, be it the store or this."""
+        if not self._migrated:
+            with gevent.Timeout(WAIT_S, OSError("no answer from the database")), self._database.use() as connection:
+                pgschema.migrate(connection)
+            self._migrated = True
+
     def _exchange(self, limited: list[tuple[Any, ...]], missing: list[tuple[Any, ...]], closed: dict[str, tuple[int, float, str]],
-                  opened: set[str], asked: dict[str, Lane]) -> dict[str, list[Any]]:
-        """The statements with their rows, in one transaction."""
+                  opened: set[str], asked: dict[str, Lane], unsure: bool = False) -> dict[str, list[Any]]:
+        """The statements with their rows, in one transaction. unsure: what this worker holds is said anew as a whole."""
         worker = self._worker
         probed = {*asked}
         if self._clock() >= self._renew_at:
@@ -327,6 +342,8 @@ class LaneShares:
         asks: list[tuple[str, tuple[Any, ...]]] = []
         if limited or missing:
             asks.append((_LOCK, (Texts(sorted({row[0] for row in (*limited, *missing)})),)))
+        if unsure:
+            asks.append((_LEAVE, (worker,)))
         if limited:
             names, most, holding, want = zip(*limited, strict=True)
             asks.append((_GRANT, (Texts(names), Integers(most), Integers(holding), Integers(want), worker, worker, worker, LEASE_S)))

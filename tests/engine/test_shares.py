@@ -418,3 +418,31 @@ def test_a_transport_that_fails_to_let_go_holds_nothing_up(cluster: Cluster) -> 
     second.put("one.example")
     second.share()
     assert len(second.running) == 1 and first.log.of("transport failed")
+
+
+def test_permits_whose_grant_was_not_heard_of_are_given_back(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = cluster.make(2, lane_big={"match": "*.example", "connections": "1"})
+    one.put("one.example")
+    exchange = one.shares._exchange
+
+    def lost(*args: Any) -> Any:
+        exchange(*args)
+        raise OSError("the connection broke before the answer")
+
+    monkeypatch.setattr(one.shares, "_exchange", lost)
+    with pytest.raises(OSError):
+        one.share()
+    monkeypatch.undo()
+    one.shares._gates.clear()  # nothing is wanted any more
+    one.share()
+    two.put("one.example")
+    two.share()
+    assert len(two.running) == 1
+
+
+def test_the_first_who_comes_makes_the_tables(database_url: str) -> None:
+    node = Node(database_url, "early", {"lane:big": {"match": "one.example", "connections": "1"}})
+    node.put("one.example")
+    node.share()
+    assert len(node.running) == 1
+    node.close()
