@@ -325,8 +325,12 @@ def open_database(url: str) -> PostgresAdmin:
     from gmta.services.log import NullLog
 
     admin = PostgresAdmin(Database(url, name="command", log=NullLog(), size=1), own=True)
-    with admin._use():
-        return admin
+    try:
+        with admin._use():
+            return admin
+    except BaseException:
+        admin.close()  # else it would go on trying
+        raise
 
 
 def _like(text: str) -> str:
