@@ -6,7 +6,8 @@ Keys of `[plugin:mailboxes]`: `accept = listed|any|system` (any: every safe name
 machine but root), `mailboxes`
 (comma- or blank-separated; a name without @ holds in every local domain), `mailboxes_file` (one a line, `#` comments),
 `aliases_file` (classic aliases syntax), `allow_include = no` (whether `:include:FILE` is read there), `detail_separator = +`, `catch_all`
-(an address), `command_transport` and `file_transport` (where targets `|program` and `/path` go). The files are read again within a second of a change; one that can't be read or parsed then leaves the former
+(an address), `command_transport` and `file_transport` (where targets `|program` and `/path` go), `aliases_url`, `aliases_authorization` and
+`aliases_ca_file` (a web service that is asked for aliases). The files are read again within a second of a change; one that can't be read or parsed then leaves the former
 content in force and is logged, at the start it stops the start.
 
 Order: exact name, name without detail, `accept = system`, catch_all, `accept = any`. An alias is followed to its end before the answer, so
@@ -14,22 +15,29 @@ an unknown user behind it is refused at RCPT. Names match without regard to case
 (`/path`) as alias targets are refused, unless a key says which transport runs or writes them, which reads them from the same file
 (`aliases_file` of types pipe and mbox); nothing that a client says becomes a part of them.
 
-Replies: 550 5.1.1 no such user; 451 4.3.0 the accounts can't be looked up; 550 5.4.6 the aliases loop; 550 5.1.3 a name that could mean a path, a command or a
+`aliases_url`: POST of JSON {"address"} for a name in a local domain that `aliases_file` has not, with and without detail; never for one that
+could mean a path or a command. Answer 200 with {"to": [address, ...]}: the targets; 204 or 404: no alias; anything else, or none within
+`aliases_timeout`: 451. Answers hold for ALIAS_S. Redirections are not followed.
+
+Replies: 550 5.1.1 no such user; 451 4.3.0 the accounts or aliases can't be looked up; 550 5.4.6 the aliases loop; 550 5.1.3 a name that could mean a path, a command or a
 further route (percent hack, bang path), unless it is listed. RFC 5321 section 4.5.1 (postmaster), RFC 5233 (detail).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path as FilePath
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
+import urllib3
 from gevent.threadpool import ThreadPool
 from pydantic import Field, field_validator
 
-from gmta import PluginConfig, Verdict, accept, defer, hookimpl, reject
-from gmta.config import Path
-from gmta.mail.address import Address, domain_key
+from gmta import Duration, PluginConfig, Verdict, accept, defer, hookimpl, reject
+from gmta.config import ExistingFile, Path
+from gmta.mail.address import Address, AddressError, domain_key
 from gmta.mail.session import Recipient, Session, Transaction
 from gmta.services.accounts import find_account
 from gmta.services.aliases import COMMAND, FILE, name_key, parse_aliases, special_local
@@ -38,6 +46,10 @@ from gmta.services.watched import Watched
 MAX_DEPTH = 50  # an alias chain longer than this is taken for a loop
 ACCOUNT_S = 60.0
 MAX_ACCOUNTS = 10_000
+ALIAS_S = 30.0  # so long what the service has said of an alias holds
+LONGEST = 256 * 1024  # octets of its answer
+MAX_ANSWERS = 10_000
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LOOKUPS = 4  # accounts that are looked up at a time; each may be asked for over a network
 MAX_TARGETS = 1000  # one RCPT must not become an unbounded number of recipients
 
@@ -59,6 +71,18 @@ class Config(PluginConfig):
     catch_all: str = ""
     command_transport: str = Field("", description="[transport:NAME] that runs `|program` of aliases, of type pipe with this aliases_file")
     file_transport: str = Field("", description="[transport:NAME] that writes `/path` of aliases, of type mbox with this aliases_file")
+    aliases_url: str = Field("", description="web service that is asked for aliases; https, or http on this machine")
+    aliases_authorization: str = Field("", description="value of the header Authorization for it")
+    aliases_ca_file: ExistingFile = Field("", description="authorities that its certificate is verified by; default: the system's")
+    aliases_timeout: Duration = Field("10s", gt=0, description="for a whole request")  # type: ignore[assignment]
+
+    @field_validator("aliases_url")
+    @classmethod
+    def _check_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if value and (not parts.hostname or (parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK))):
+            raise ValueError("an https URL, or one of http on this machine")
+        return value
 
     @field_validator("mailboxes")
     @classmethod
@@ -103,6 +127,63 @@ def parse_mailboxes(text: str, source: str) -> set[str]:
     return found
 
 
+class AliasService:
+    """A web service that knows aliases. Connections are kept, answers remembered for ALIAS_S."""
+
+    def __init__(self, config: Config, services: Any) -> None:
+        self._config = config
+        self._services = services
+        self._pool = urllib3.PoolManager(maxsize=20, retries=False, ca_certs=config.aliases_ca_file or None,
+                                         timeout=urllib3.Timeout(total=config.aliases_timeout))
+        self._answers: dict[str, tuple[list[str] | None, float]] = {}
+
+    def targets(self, address: str) -> list[str] | None:
+        """Where an address of ours leads, None where it is no alias; raises Refused where the service does not say."""
+        now = self._services.clock()
+        known = self._answers.get(address)
+        if known is None or not known[1] - ALIAS_S <= now < known[1]:
+            try:
+                found = self._ask(address)
+            except (urllib3.exceptions.HTTPError, ValueError) as error:
+                reason = type(error).__name__ if isinstance(error, urllib3.exceptions.HTTPError) else str(error)
+                self._services.log.error("aliases can't be looked up", service=urlsplit(self._config.aliases_url).hostname, address=address, reason=reason)
+                raise Refused(defer("Aliases can't be looked up", 451, "4.3.0")) from None
+            if len(self._answers) >= MAX_ANSWERS:
+                self._answers.clear()
+            known = self._answers[address] = (found, now + ALIAS_S)
+        return known[0]
+
+    def _ask(self, address: str) -> list[str] | None:
+        """One request; raises ValueError for an answer that is none."""
+        headers = {"Content-Type": "application/json"}
+        if self._config.aliases_authorization:
+            headers["Authorization"] = self._config.aliases_authorization
+        answer = self._pool.request("POST", self._config.aliases_url, body=json.dumps({"address": address}).encode(), headers=headers,
+                                    redirect=False, preload_content=False)
+        try:
+            octets = answer.read(LONGEST + 1)
+            if answer.read(1):
+                answer.close()  # not to be read to its end
+        finally:
+            answer.release_conn()
+        if answer.status in (204, 404):
+            return None
+        if answer.status != 200:
+            raise ValueError(f"it answers {answer.status}")
+        if len(octets) > LONGEST:
+            raise ValueError("its answer is too long")
+        said = json.loads(octets)
+        targets = said.get("to") if isinstance(said, dict) else None
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise ValueError('its answer is no {"to": [address, ...]}')
+        for target in targets:
+            try:
+                Address.parse(target)
+            except AddressError as error:
+                raise ValueError(f"{target!r} is no address: {error}") from error
+        return targets or None
+
+
 class Plugin:
     """Holds the lists in memory; a look-up touches no file but for one stat a second."""
 
@@ -125,6 +206,7 @@ class Plugin:
                 raise ValueError(f"{key}: there is no [transport:{name}]")
         self._accounts: dict[str, tuple[bool, float]] = {}
         self._threads: ThreadPool | None = None
+        self._service = AliasService(config, services) if config.aliases_url else None
         self._catch_all = Address.parse(config.catch_all) if config.catch_all else None
         self._paths = [path for path in (config.mailboxes_file, config.aliases_file) if path]
         self._own = len(self._paths)  # behind them those that aliases include
@@ -244,7 +326,10 @@ class Plugin:
 
     def _targets_of(self, name: str, host: str) -> list[str] | None:
         lower = name.lower()
-        return self._aliases.get(f"{lower}@{host}") or self._aliases.get(lower)
+        found = self._aliases.get(f"{lower}@{host}") or self._aliases.get(lower)
+        if found is None and self._service is not None and not _UNSAFE.search(lower):
+            return self._service.targets(f"{lower}@{host}")
+        return found
 
     @staticmethod
     def _address(target: str, domain: str) -> Address:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import DEADLINE_S, ROOT, Gmta, children, until
+from tests.e2e.conftest import DEADLINE_S, ROOT, Gmta, children, command_line, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not ROOT, reason="changing the account needs root")]
 
@@ -95,7 +95,7 @@ def history(gmta: Gmta, address: str) -> str:
 
 def agent(gmta: Gmta) -> int:
     assert gmta.process is not None
-    return next((pid for pid in children(gmta.process.pid) if b"gmta.agent" in Path(f"/proc/{pid}/cmdline").read_bytes()), 0)
+    return next((pid for pid in children(gmta.process.pid) if b"gmta.agent" in command_line(pid)), 0)
 
 
 def test_mail_is_written_as_its_user(gmta: Gmta, homes: Path) -> None:

@@ -15,7 +15,7 @@ from standardwebhooks import Webhook as Standard
 
 from gmta.services.webhooks import Secrets
 from gmta.testing.authority import Authority
-from tests.e2e.conftest import Gmta, children, until
+from tests.e2e.conftest import Gmta, children, command_line, until
 from tests.http_peer import Heard, HttpPeer, Step
 
 pytestmark = pytest.mark.e2e
@@ -227,14 +227,7 @@ ca_file = ca.pem
 
 def workers(gmta: Gmta) -> list[int]:
     assert gmta.process is not None
-    found = []
-    for child in children(gmta.process.pid):
-        try:
-            if b"gmta.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(child)
-        except FileNotFoundError:
-            pass  # it ended just now
-    return found
+    return [child for child in children(gmta.process.pid) if b"gmta.worker" in command_line(child)]
 
 
 def resident_kb(gmta: Gmta) -> int:

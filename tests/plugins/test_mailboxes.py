@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from gmta.services import aliases as alias_files
 from gmta.services.aliases import Specials, special_local
 from gmta_plugins import mailboxes
 from gmta_plugins.mailboxes import parse_aliases, parse_mailboxes
+from tests.http_peer import HttpPeer, Step
 
 LOCAL = ["example.test", "other.test"]
 
@@ -366,3 +369,76 @@ def test_an_included_list_is_read_again_when_it_changes(tmp_path: Any) -> None:
     (tmp_path / "aliases").write_text("list: gil@far.example\n")  # the list is not missed any more
     services.clock.now += 2
     assert ends(ask(plugin, "list@example.test"), "") == ["gil@far.example"] and len(services.log.errors) == 1
+
+
+# --- aliases of a web service -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def service() -> Iterator[HttpPeer]:
+    made = HttpPeer()
+    yield made
+    made.close()
+
+
+def answer(*targets: str, **more: Any) -> Step:
+    return Step(200, body=json.dumps({"to": targets, **more}).encode())
+
+
+def test_the_service_is_asked_for_what_the_file_has_not(service: HttpPeer, tmp_path: Any) -> None:
+    (tmp_path / "aliases").write_text("filed: user\n")
+    service.steps = [Step(404), answer("one@far.example", "second@example.test"), answer("user@example.test")]
+    plugin, _ = make(aliases_url=service.url(), aliases_authorization="Bearer token", aliases_file=str(tmp_path / "aliases"), mailboxes=["user"])
+    assert ends(ask(plugin, "filed@example.test"), "filed@example.test") == ["user@example.test"]
+    assert not [one for one in service.heard if b"filed" in one.body]
+    assert ends(ask(plugin, "Team@example.test"), "Team@example.test") == ["one@far.example", "user@example.test"]
+    assert [json.loads(one.body) for one in service.heard[1:]] == [{"address": "team@example.test"}, {"address": "second@example.test"}]
+    assert service.heard[0].headers["authorization"] == "Bearer token"
+
+
+def test_what_the_service_said_holds_for_a_while(service: HttpPeer) -> None:
+    service.steps = [answer("far@far.example"), Step(204)]
+    plugin, services = make(aliases_url=service.url(), mailboxes=["team"])
+    for _ in range(3):
+        assert ends(ask(plugin, "team@example.test"), "") == ["far@far.example"]
+    assert len(service.heard) == 1
+    services.clock.now += mailboxes.ALIAS_S
+    assert ends(ask(plugin, "team@example.test"), "team@example.test") == ["team@example.test"]
+    assert len(service.heard) == 2
+
+
+def test_a_service_that_names_its_own_question_keeps_the_mailbox(service: HttpPeer) -> None:
+    service.steps = [answer("joe@example.test", "joe@far.example")]
+    plugin, _ = make(aliases_url=service.url())
+    assert sorted(ends(ask(plugin, "joe@example.test"), "")) == ["joe@example.test", "joe@far.example"]
+
+
+def test_aliases_of_the_service_that_loop(service: HttpPeer) -> None:
+    service.steps = [answer("b@example.test"), answer("a@example.test")]
+    plugin, _ = make(aliases_url=service.url())
+    refused(ask(plugin, "a@example.test"), "5.4.6")
+
+
+@pytest.mark.parametrize("step", [Step(500), Step(302, headers={"Location": "/elsewhere"}), Step(401), Step(200, body=b"no json"), Step(200, body=b"[]"),
+                                  Step(200, body=b'{"to": "a@b.test"}'), Step(200, body=b'{"to": [5]}'), answer("|rm -rf /"), answer("/etc/passwd"),
+                                  answer(":include:/etc/passwd"), answer("no address"), Step(200, body=b"\xff"), Step(200, body=b"x" * 300_000), Step(200, cut=5),
+                                  Step(raw=b"nonsense\r\n\r\n")])
+def test_a_service_out_of_order_defers(service: HttpPeer, step: Step) -> None:
+    service.steps = [step]
+    plugin, services = make(aliases_url=service.url(), accept="any")
+    verdict = ask(plugin, "joe@example.test")
+    assert verdict is not None and (verdict.kind, verdict.reply.code, verdict.reply.enhanced) == (Kind.DEFER, 451, "4.3.0")
+    assert services.log.errors == ["aliases can't be looked up"]
+
+
+def test_names_that_mean_more_are_asked_of_nobody(service: HttpPeer) -> None:
+    plugin, _ = make(aliases_url=service.url(), accept="any")
+    for name in ("a/b@example.test", '"|x"@example.test', '".."@example.test', "a%b@example.test", "a!b@example.test"):
+        refused(ask(plugin, name), "5.1.3")
+    assert not service.heard
+
+
+@pytest.mark.parametrize("url", ["http://far.example/", "ftp://127.0.0.1/", "far.example"])
+def test_the_services_url(url: str) -> None:
+    with pytest.raises(ValueError, match="an https URL"):
+        mailboxes.Config(aliases_url=url)
