@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import json
 from typing import Any
-from urllib.parse import urlsplit
 
 import urllib3
 from pydantic import Field, field_validator
 
 from gmta import Credentials, Duration, PluginConfig, Session, Verdict, accept, hookimpl
 from gmta.config import ExistingFile
+from gmta.services.ask import WebService, private_url
 
 LONGEST = 64 * 1024
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Config(PluginConfig):
@@ -35,10 +34,7 @@ class Config(PluginConfig):
     @field_validator("url")
     @classmethod
     def _is_private(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if not parts.hostname or (parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK)):
-            raise ValueError("an https URL, or one of http on this machine")
-        return value
+        return private_url(value)
 
 
 class HttpError(Exception):
@@ -49,9 +45,7 @@ class Plugin:
     """A client of one service, with connections that are kept."""
 
     def __init__(self, config: Config, services: Any) -> None:
-        self._config = config
-        self._pool = urllib3.PoolManager(maxsize=20, retries=False, ca_certs=config.ca_file or None,
-                                         timeout=urllib3.Timeout(total=config.request_timeout))
+        self._service = WebService(config.url, config.authorization, config.ca_file, config.request_timeout)
 
     @hookimpl
     def get_auth_mechanisms(self) -> list[str]:
@@ -65,24 +59,14 @@ class Plugin:
             return None
         asked = {"user": credentials.user, "password": credentials.secret, "ip": session.peer_ip, "helo": session.helo,
                  "mechanism": credentials.mechanism, "tls": session.tls is not None, "listener": session.listener}
-        headers = {"Content-Type": "application/json"}
-        if self._config.authorization:
-            headers["Authorization"] = self._config.authorization
         try:
-            answer = self._pool.request("POST", self._config.url, body=json.dumps(asked).encode(), headers=headers, redirect=False,
-                                        preload_content=False)
-            try:
-                octets = answer.read(LONGEST + 1)
-                if answer.read(1):
-                    answer.close()  # not to be read to its end
-            finally:
-                answer.release_conn()
+            status, octets = self._service.ask(asked, LONGEST)
         except urllib3.exceptions.HTTPError as error:
-            raise HttpError(f"{type(error).__name__}: {urlsplit(self._config.url).hostname}") from None  # its text may have the request
-        if answer.status in (401, 403, 404):
+            raise HttpError(f"{type(error).__name__}: {self._service.host}") from None  # its text may have the request
+        if status in (401, 403, 404):
             return None
-        if answer.status not in (200, 204):
-            raise HttpError(f"the service answers {answer.status}")
+        if status not in (200, 204):
+            raise HttpError(f"the service answers {status}")
         named = _named(octets)
         if named:
             credentials.user = named

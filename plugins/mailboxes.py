@@ -29,7 +29,6 @@ import json
 import re
 from pathlib import Path as FilePath
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import urllib3
 from gevent.threadpool import ThreadPool
@@ -41,6 +40,7 @@ from gmta.mail.address import Address, AddressError, domain_key
 from gmta.mail.session import Recipient, Session, Transaction
 from gmta.services.accounts import find_account
 from gmta.services.aliases import COMMAND, FILE, name_key, parse_aliases, special_local
+from gmta.services.ask import WebService, private_url
 from gmta.services.watched import Watched
 
 MAX_DEPTH = 50  # an alias chain longer than this is taken for a loop
@@ -49,7 +49,6 @@ MAX_ACCOUNTS = 10_000
 ALIAS_S = 30.0  # so long what the service has said of an alias holds
 LONGEST = 256 * 1024  # octets of its answer
 MAX_ANSWERS = 10_000
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LOOKUPS = 4  # accounts that are looked up at a time; each may be asked for over a network
 MAX_TARGETS = 1000  # one RCPT must not become an unbounded number of recipients
 
@@ -79,10 +78,7 @@ class Config(PluginConfig):
     @field_validator("aliases_url")
     @classmethod
     def _check_url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if value and (not parts.hostname or (parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK))):
-            raise ValueError("an https URL, or one of http on this machine")
-        return value
+        return private_url(value) if value else ""
 
     @field_validator("mailboxes")
     @classmethod
@@ -131,10 +127,8 @@ class AliasService:
     """A web service that knows aliases. Connections are kept, answers remembered for ALIAS_S."""
 
     def __init__(self, config: Config, services: Any) -> None:
-        self._config = config
         self._services = services
-        self._pool = urllib3.PoolManager(maxsize=20, retries=False, ca_certs=config.aliases_ca_file or None,
-                                         timeout=urllib3.Timeout(total=config.aliases_timeout))
+        self._service = WebService(config.aliases_url, config.aliases_authorization, config.aliases_ca_file, config.aliases_timeout)
         self._answers: dict[str, tuple[list[str] | None, float]] = {}
 
     def targets(self, address: str) -> list[str] | None:
@@ -146,7 +140,7 @@ class AliasService:
                 found = self._ask(address)
             except (urllib3.exceptions.HTTPError, ValueError) as error:
                 reason = type(error).__name__ if isinstance(error, urllib3.exceptions.HTTPError) else str(error)
-                self._services.log.error("aliases can't be looked up", service=urlsplit(self._config.aliases_url).hostname, address=address, reason=reason)
+                self._services.log.error("aliases can't be looked up", service=self._service.host, address=address, reason=reason)
                 raise Refused(defer("Aliases can't be looked up", 451, "4.3.0")) from None
             if len(self._answers) >= MAX_ANSWERS:
                 self._answers.clear()
@@ -155,21 +149,11 @@ class AliasService:
 
     def _ask(self, address: str) -> list[str] | None:
         """One request; raises ValueError for an answer that is none."""
-        headers = {"Content-Type": "application/json"}
-        if self._config.aliases_authorization:
-            headers["Authorization"] = self._config.aliases_authorization
-        answer = self._pool.request("POST", self._config.aliases_url, body=json.dumps({"address": address}).encode(), headers=headers,
-                                    redirect=False, preload_content=False)
-        try:
-            octets = answer.read(LONGEST + 1)
-            if answer.read(1):
-                answer.close()  # not to be read to its end
-        finally:
-            answer.release_conn()
-        if answer.status in (204, 404):
+        status, octets = self._service.ask({"address": address}, LONGEST)
+        if status in (204, 404):
             return None
-        if answer.status != 200:
-            raise ValueError(f"it answers {answer.status}")
+        if status != 200:
+            raise ValueError(f"it answers {status}")
         if len(octets) > LONGEST:
             raise ValueError("its answer is too long")
         said = json.loads(octets)
