@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import urllib3
 from pydantic import Field, field_validator
 
 from gmta import Credentials, Duration, PluginConfig, Session, Verdict, accept, hookimpl
@@ -54,15 +53,12 @@ class Plugin:
 
     @hookimpl
     def permit_auth(self, session: Session, credentials: Credentials) -> Verdict | None:
-        """accept(), None for a wrong password; raises HttpError where the service does not know."""
+        """accept(), None for a wrong password; raises HttpError, ServiceError where the service does not know."""
         if credentials.mechanism not in ("PLAIN", "LOGIN"):
             return None
         asked = {"user": credentials.user, "password": credentials.secret, "ip": session.peer_ip, "helo": session.helo,
                  "mechanism": credentials.mechanism, "tls": session.tls is not None, "listener": session.listener}
-        try:
-            status, octets = self._service.ask(asked, LONGEST)
-        except urllib3.exceptions.HTTPError as error:
-            raise HttpError(f"{type(error).__name__}: {self._service.host}") from None  # its text may have the request
+        status, octets = self._service.ask(asked, LONGEST)
         if status in (401, 403, 404):
             return None
         if status not in (200, 204):

@@ -30,7 +30,6 @@ import re
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-import urllib3
 from gevent.threadpool import ThreadPool
 from pydantic import Field, field_validator
 
@@ -40,7 +39,7 @@ from gmta.mail.address import Address, AddressError, domain_key
 from gmta.mail.session import Recipient, Session, Transaction
 from gmta.services.accounts import find_account
 from gmta.services.aliases import COMMAND, FILE, name_key, parse_aliases, special_local
-from gmta.services.ask import WebService, private_url
+from gmta.services.ask import ServiceError, WebService, private_url
 from gmta.services.watched import Watched
 
 MAX_DEPTH = 50  # an alias chain longer than this is taken for a loop
@@ -138,9 +137,8 @@ class AliasService:
         if known is None or not known[1] - ALIAS_S <= now < known[1]:
             try:
                 found = self._ask(address)
-            except (urllib3.exceptions.HTTPError, ValueError) as error:
-                reason = type(error).__name__ if isinstance(error, urllib3.exceptions.HTTPError) else str(error)
-                self._services.log.error("aliases can't be looked up", service=self._service.host, address=address, reason=reason)
+            except (ServiceError, ValueError) as error:
+                self._services.log.error("aliases can't be looked up", service=self._service.host, address=address, reason=str(error))
                 raise Refused(defer("Aliases can't be looked up", 451, "4.3.0")) from None
             if len(self._answers) >= MAX_ANSWERS:
                 self._answers.clear()
